@@ -1,0 +1,52 @@
+# Two commands matter: `make demo` and `make test`. Both set up everything they need in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PROTO := protos/authz_server/ext_authz.proto
+GENERATED := authz_server/ext_authz/_generated
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-unit lint format types protos check-protos lock check-lock image-check clean
+
+help: ## Show what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(READY) ## Create .venv with the locked dependencies
+
+$(READY): requirements-dev.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(READY) ## Run the main job on this machine: Valkey, Envoy, three instances, a guided tour
+	@$(BIN)/python -m authz_server.demo
+
+test: $(READY) ## Run all tests (real Envoy and Valkey on the loopback)
+	$(BIN)/python -m pytest
+
+test-unit: $(READY) ## Run the tests that open no socket
+	$(BIN)/python -m pytest -m "not integration"
+
+lint: $(READY) ## Check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY) ## Format the code and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+protos: $(READY) ## Generate the private protobuf package from protos/
+	$(BIN)/python -m grpc_tools.protoc --proto_path=protos/authz_server --python_out=$(GENERATED) --pyi_out=$(GENERATED) $(PROTO)
+
+check-protos: protos ## Fail when the generated package is not current
+	git diff --exit-code -- $(GENERATED)
+
+lock: $(READY) ## Resolve exact versions with hashes (add UPGRADE=--upgrade for newer ones)
+	$(BIN)/uv pip compile --quiet $(UPGRADE) --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" pyproject.toml -o requirements.txt
+	$(BIN)/uv pip compile --quiet $(UPGRADE) --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" --constraint requirements.txt --extra demo --extra dev pyproject.toml -o requirements-dev.txt
+
+clean: ## Remove what the other targets made
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

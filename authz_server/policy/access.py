@@ -1,0 +1,188 @@
+"""Lists, entries and scopes: may this address in?
+
+Within a scope the longest matching prefix wins, and a block wins a tie. So an allow carves a hole into a wider
+block of the same scope, and of no other. Over the scopes that apply, each enforced one must agree.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from authz_server.policy.addresses import Address, Network
+from authz_server.policy.networks import NetworkTable
+from authz_server.policy.paths import PathPattern, Segments
+from authz_server.policy.reasons import Reason
+
+GLOBAL_SCOPE = "global"
+
+
+class Mode(StrEnum):
+    """What becomes of an address that no list of the scope holds."""
+
+    OPEN = "open"
+    RESTRICTED = "restricted"
+
+
+class Enforcement(StrEnum):
+    """Whether a scope decides, or only records what it would have decided."""
+
+    ENFORCE = "enforce"
+    SHADOW = "shadow"
+
+
+class Side(StrEnum):
+    """What being in a list means for a scope."""
+
+    ALLOW = "allow"
+    BLOCK = "block"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A network in a list, with who put it there, why and until when."""
+
+    network: Network
+    reason: str
+    author: str
+    created_at: int
+    """Seconds since the Unix epoch."""
+    owner: str = ""
+    """Whom to ask whether it is still needed."""
+    expires_at: int | None = None
+    """Seconds since the Unix epoch; from this second on the entry does not count. None: it never expires."""
+
+    def counts_at(self, now: float) -> bool:
+        """Tell whether the entry still counts at `now`, seconds since the Unix epoch."""
+        return self.expires_at is None or now < self.expires_at
+
+
+EntryTable = NetworkTable[Entry]
+
+
+@dataclass(frozen=True, slots=True)
+class NamedList:
+    """What people say about a list that scopes use by name; its entries are kept under the same name."""
+
+    name: str
+    description: str = ""
+    owner: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Where lists apply: `global`, `tenant:<id>` or `resource:<name>`."""
+
+    name: str
+    mode: Mode = Mode.OPEN
+    enforcement: Enforcement = Enforcement.ENFORCE
+    allow_lists: tuple[str, ...] = ()
+    """Lists by name, beside the scope's own allow list."""
+    block_lists: tuple[str, ...] = ()
+    """Lists by name, beside the scope's own block list."""
+
+    def lists(self, side: Side) -> tuple[str, ...]:
+        """Return the names of the lists on one side, the scope's own first."""
+        named = self.allow_lists if side is Side.ALLOW else self.block_lists
+        return (own_list(self.name, side), *named)
+
+
+def own_list(scope_name: str, side: Side) -> str:
+    """Return the name of a scope's own list, such as `tenant:acme/block`; a slash is in no other list's name."""
+    return f"{scope_name}/{side}"
+
+
+def tenant_scope(tenant_id: str) -> str:
+    """Return the name of a tenant's scope."""
+    return f"tenant:{tenant_id}"
+
+
+def resource_scope(resource_name: str) -> str:
+    """Return the name of a resource's scope."""
+    return f"resource:{resource_name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Resource:
+    """A part of the site, such as the API documentation, that a scope of its own protects."""
+
+    name: str
+    paths: tuple[PathPattern, ...]
+    hosts: tuple[str, ...] = ()
+    """`www.example.com` or `*.example.com` in lower case; empty: any host (Host is the client's word)."""
+
+    def applies(self, host: str, readings: Iterable[Segments]) -> bool:
+        """Tell whether any reading of the path lies within this resource, on a host from `normalize_host`."""
+        if self.hosts and not any(_host_matches(pattern, host) for pattern in self.hosts):
+            return False
+        return any(pattern.matches(reading) for reading in readings for pattern in self.paths)
+
+
+def normalize_host(host: str) -> str:
+    """Return a Host header in lower case, without port and without the dot of the root zone."""
+    if not host.startswith("["):
+        host = host.partition(":")[0]
+    return host.lower().rstrip(".")
+
+
+@dataclass(frozen=True, slots=True)
+class ListMatch:
+    """The entry that decided within a scope, and the list that holds it."""
+
+    list_name: str
+    entry: Entry
+
+
+@dataclass(frozen=True, slots=True)
+class ScopeOutcome:
+    """What one scope says of an address."""
+
+    scope: str
+    enforcement: Enforcement
+    reason: Reason
+    """ALLOWED, ALLOWLISTED, BLOCKED or NOT_ALLOWLISTED."""
+    match: ListMatch | None = None
+
+    @property
+    def denies(self) -> bool:
+        """Whether the scope, were it alone and enforced, would deny."""
+        return self.reason in (Reason.BLOCKED, Reason.NOT_ALLOWLISTED)
+
+
+def judge(scope: Scope, tables: Mapping[str, EntryTable], address: Address, now: float) -> ScopeOutcome:
+    """Say what a scope makes of an address at `now` (seconds since the Unix epoch)."""
+    allow = _longest_match(scope.lists(Side.ALLOW), tables, address, now)
+    block = _longest_match(scope.lists(Side.BLOCK), tables, address, now)
+    if block and (allow is None or _length(block) >= _length(allow)):
+        return ScopeOutcome(scope.name, scope.enforcement, Reason.BLOCKED, block)
+    if allow:
+        return ScopeOutcome(scope.name, scope.enforcement, Reason.ALLOWLISTED, allow)
+    reason = Reason.NOT_ALLOWLISTED if scope.mode is Mode.RESTRICTED else Reason.ALLOWED
+    return ScopeOutcome(scope.name, scope.enforcement, reason)
+
+
+def _longest_match(
+    list_names: tuple[str, ...], tables: Mapping[str, EntryTable], address: Address, now: float
+) -> ListMatch | None:
+    """Return the longest match that still counts; of equal ones, that of the list named first."""
+    best: ListMatch | None = None
+    for list_name in list_names:
+        table = tables.get(list_name)
+        if table is None:
+            continue
+        for prefix_length, entry in table.match(address):
+            if best and prefix_length <= _length(best):
+                break
+            if entry.counts_at(now):
+                best = ListMatch(list_name, entry)
+                break
+    return best
+
+
+def _length(match: ListMatch) -> int:
+    return match.entry.network.prefix_length
+
+
+def _host_matches(pattern: str, host: str) -> bool:
+    if pattern.startswith("*."):
+        return host.endswith(pattern[1:]) and len(host) > len(pattern) - 1
+    return host == pattern

@@ -1,0 +1,164 @@
+"""The decision: who is asking, may they, where do they go.
+
+A pure function of the request, the snapshot and the time. What a request causes is always a denial; this function
+has no way to say "I cannot decide", because not being able to is a matter of our state, not of a request.
+"""
+
+from dataclasses import dataclass
+
+from authz_server.policy.access import (
+    Enforcement,
+    Scope,
+    ScopeOutcome,
+    judge,
+    normalize_host,
+    tenant_scope,
+)
+from authz_server.policy.addresses import Address, InvalidAddressError, any_contains, parse_address
+from authz_server.policy.affinity import Affinity, rendezvous
+from authz_server.policy.attributes import RequestAttributes
+from authz_server.policy.paths import MAX_PATH_LENGTH, fold_readings, path_without_query, read_path
+from authz_server.policy.reasons import Reason
+from authz_server.policy.snapshot import MissingClientAddress, MissingTenant, Snapshot, UnknownTenant
+from authz_server.policy.tenant import name_tenant
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """The request may pass, to this instance if one is named."""
+
+    reason: Reason
+    client_address: Address
+    tenant: str | None = None
+    """The tenant that the request names; whether it is registered is told by `affinity`."""
+    instance: str | None = None
+    affinity: Affinity = Affinity.NONE
+    scopes: tuple[ScopeOutcome, ...] = ()
+    """What every scope that applies says, shadow ones included: global, tenant, resources by name."""
+
+    @property
+    def deciding(self) -> ScopeOutcome | None:
+        """The first enforced scope that says what `reason` says; None when no list decided."""
+        return _deciding(self.reason, self.scopes)
+
+
+@dataclass(frozen=True, slots=True)
+class Denied:
+    """The request may not pass."""
+
+    reason: Reason
+    client_address: Address | None = None
+    tenant: str | None = None
+    scopes: tuple[ScopeOutcome, ...] = ()
+    """As in Allowed; empty when the denial came before any scope was asked."""
+
+    @property
+    def deciding(self) -> ScopeOutcome | None:
+        """The first enforced scope that says what `reason` says; None when no list decided."""
+        return _deciding(self.reason, self.scopes)
+
+
+Decision = Allowed | Denied
+
+
+def decide(attributes: RequestAttributes, snapshot: Snapshot, now: float) -> Decision:
+    """Decide about one request at `now`, seconds since the Unix epoch."""
+    path = path_without_query(attributes.path)
+    if not attributes.method or not (path.startswith("/") or path == "*"):
+        return Denied(Reason.BAD_REQUEST)
+    if len(path) > MAX_PATH_LENGTH:
+        return Denied(Reason.REQUEST_TOO_LARGE)
+
+    address = client_address(attributes, snapshot)
+    if isinstance(address, Reason):
+        return Denied(address)
+
+    tenant_id, problem = name_tenant(attributes, path, snapshot.options.tenant_sources)
+    if problem:
+        return Denied(problem, address)
+
+    scopes = tuple(
+        judge(scope, snapshot.tables, address, now) for scope in _applying(attributes, path, tenant_id, snapshot)
+    )
+    for reason in (Reason.BLOCKED, Reason.NOT_ALLOWLISTED):
+        if _deciding(reason, scopes):
+            return Denied(reason, address, tenant_id, scopes)
+
+    allowed = Reason.ALLOWLISTED if _deciding(Reason.ALLOWLISTED, scopes) else Reason.ALLOWED
+    instance, affinity, problem = _find_instance(tenant_id, snapshot)
+    if problem:
+        return Denied(problem, address, tenant_id, scopes)
+    return Allowed(allowed, address, tenant_id, instance, affinity, scopes)
+
+
+def client_address(attributes: RequestAttributes, snapshot: Snapshot) -> Address | Reason:
+    """Return the address that the decision is about, or the reason to deny.
+
+    Only Envoy's own x-envoy-external-address is read, never X-Forwarded-For: a client can write the latter.
+    """
+    options = snapshot.options
+    external = attributes.external_address
+    if options.trusted_peers:
+        try:
+            peer = parse_address(attributes.peer_address or "")
+        except InvalidAddressError:
+            external = None
+        else:
+            if not any_contains(options.trusted_peers, peer):
+                external = None
+    if external is None:
+        if options.missing_client_address is MissingClientAddress.DENY:
+            return Reason.NO_CLIENT_ADDRESS
+        external = attributes.peer_address
+        if external is None:
+            return Reason.NO_CLIENT_ADDRESS
+    try:
+        return parse_address(external)
+    except InvalidAddressError:
+        return Reason.INVALID_CLIENT_ADDRESS
+
+
+def _applying(attributes: RequestAttributes, path: str, tenant_id: str | None, snapshot: Snapshot) -> list[Scope]:
+    """Return the scopes that apply: global, the tenant's, the resources' by name."""
+    applying = [snapshot.global_scope]
+    if tenant_id and (scope := snapshot.scopes.get(tenant_scope(tenant_id))):
+        applying.append(scope)
+    if snapshot.guarded_resources:
+        host = normalize_host(attributes.host)
+        readings = read_path(path)
+        if snapshot.options.fold_path_case:
+            readings = fold_readings(readings)
+        applying += [
+            guarded.scope for guarded in snapshot.guarded_resources if guarded.resource.applies(host, readings)
+        ]
+    return applying
+
+
+def _find_instance(tenant_id: str | None, snapshot: Snapshot) -> tuple[str | None, Affinity, Reason | None]:
+    """Return the instance, how it was found, and the reason to deny, if any."""
+    options = snapshot.options
+    if tenant_id is None:
+        missing_denied = options.missing_tenant is MissingTenant.DENY
+        return None, Affinity.NONE, Reason.NO_TENANT if missing_denied else None
+    tenant = snapshot.tenants.get(tenant_id)
+    if tenant is None:
+        if options.unknown_tenant is UnknownTenant.DENY:
+            return None, Affinity.NONE, Reason.UNKNOWN_TENANT
+        if options.unknown_tenant is UnknownTenant.NONE:
+            return None, Affinity.NONE, None
+        instance = rendezvous(tenant_id, snapshot.instances.values())
+        return instance, Affinity.HASHED, None if instance else Reason.NO_ACTIVE_INSTANCE
+    if tenant.instance is None:
+        return None, Affinity.PINNED, Reason.UNREADABLE_PIN
+    if tenant.held:
+        return None, Affinity.PINNED, Reason.TENANT_HELD
+    if tenant.instance not in snapshot.instances:
+        return None, Affinity.PINNED, Reason.UNKNOWN_INSTANCE
+    return tenant.instance, Affinity.PINNED, None
+
+
+def _deciding(reason: Reason, scopes: tuple[ScopeOutcome, ...]) -> ScopeOutcome | None:
+    for outcome in scopes:
+        if outcome.reason is reason and outcome.enforcement is Enforcement.ENFORCE:
+            return outcome
+    return None
