@@ -75,8 +75,10 @@ def test_ext_authz_runs_exactly_where_the_rbac_filter_has_marked_a_match() -> No
 
 def test_the_last_route_is_the_default_and_each_instance_has_one_before_it() -> None:
     (host,) = manager(gateway_config(PLAIN))["route_config"]["virtual_hosts"]
-    *chosen, default = host["routes"]
+    *chosen, unknown, default = host["routes"]
     assert [route["match"]["headers"][0]["string_match"]["exact"] for route in chosen] == list(INSTANCES)
+    assert unknown["match"]["headers"] == [{"name": "x-tenant-instance", "present_match": True}]
+    assert unknown["direct_response"]["status"] == 503, "another instance would be the wrong one"
     assert "headers" not in default["match"]
     assert default["route"]["cluster"] == "any"
 
