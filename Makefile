@@ -4,10 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PROTO := protos/authz_server/ext_authz.proto
+LOCK := $(BIN)/uv pip compile --quiet $(UPGRADE) --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 GENERATED := authz_server/ext_authz/_generated
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit lint format types protos check-protos lock check-lock image-check clean
+.PHONY: help setup demo test test-unit lint format types protos readme check-generated lock clean
 
 help: ## Show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,14 +41,18 @@ format: $(READY) ## Format the code and mend what can be mended
 	$(BIN)/ruff check --fix .
 
 protos: $(READY) ## Generate the private protobuf package from protos/
-	$(BIN)/python -m grpc_tools.protoc --proto_path=protos/authz_server --python_out=$(GENERATED) --pyi_out=$(GENERATED) $(PROTO)
+	$(BIN)/python -m grpc_tools.protoc --proto_path=$(GENERATED)=protos/authz_server --python_out=. --pyi_out=. $(PROTO)
 
-check-protos: protos ## Fail when the generated package is not current
-	git diff --exit-code -- $(GENERATED)
+readme: $(READY) ## Write the settings' table of README.md
+	PYTHONPATH=tests $(BIN)/python -m support.readme
 
-lock: $(READY) ## Resolve exact versions with hashes (add UPGRADE=--upgrade for newer ones)
-	$(BIN)/uv pip compile --quiet $(UPGRADE) --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" pyproject.toml -o requirements.txt
-	$(BIN)/uv pip compile --quiet $(UPGRADE) --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" --constraint requirements.txt --extra demo --extra dev pyproject.toml -o requirements-dev.txt
+check-generated: protos readme lock ## Fail when a generated file is not current
+	git diff --exit-code -- $(GENERATED) README.md requirements.txt requirements-build.txt requirements-dev.txt
+
+lock: $(READY) ## Resolve exact versions with hashes (UPGRADE=--upgrade for newer ones)
+	$(LOCK) pyproject.toml -o requirements.txt
+	$(LOCK) --group build -o requirements-build.txt
+	$(LOCK) --constraint requirements.txt --constraint requirements-build.txt --extra demo --extra dev pyproject.toml -o requirements-dev.txt
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

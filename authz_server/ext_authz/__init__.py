@@ -1,0 +1,1 @@
+"""Envoy's wire protocol: the only room that knows protobuf and gRPC."""

@@ -1,0 +1,179 @@
+"""The reference transport: grpcio (C-core) with TLS, mutual TLS, health and reflection."""
+
+import asyncio
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from grpc_reflection.v1alpha import reflection
+
+from authz_server.ext_authz.checker import CannotDecideError, Checker
+from authz_server.ext_authz.health_service import SERVICE as HEALTH_SERVICE
+from authz_server.ext_authz.health_service import HealthService, Readiness
+from authz_server.ext_authz.reflection import AUTHORIZATION_PACKAGE, AUTHORIZATION_SERVICE, build_pool
+
+SERVICE = f"{AUTHORIZATION_PACKAGE}.{AUTHORIZATION_SERVICE}"
+
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+"""Longer messages never reach the checker: gRPC itself answers them with the RPC error RESOURCE_EXHAUSTED, and a mesh
+that fails open lets those requests pass. So the limit that counts is the checker's own, far below this one, which
+denies; this one only bounds the memory that one message can take. Envoy cannot be brought to send as much: by default
+it refuses request headers beyond 60 KiB, and bodies are sent only if the filter is told to (`with_request_body`)."""
+
+_PING_INTERVAL_MS = 100
+"""Envoy's `connection_keepalive` may ping this often. C-core's own limit is 300 s, and two hours without a call; it
+hangs up on who pings more often."""
+
+_MAX_PORT = 65535
+"""C-core takes larger numbers modulo 65536."""
+
+_QUIET_TICK_SECONDS = 0.005
+_QUIET_TICKS = 4
+"""So many ticks in a row without a check mean that none is waiting; several, as one may be lost to a busy loop."""
+
+
+class TransportError(Exception):
+    """The server cannot listen; the message says where, why and how to mend it."""
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files, read once at start."""
+
+    certificate: Path
+    """The server's certificate, followed by the intermediate ones."""
+    key: Path
+    client_ca: Path | None = None
+    """Mutual TLS: only clients with a certificate from one of these authorities may connect. None: any client."""
+
+
+class GrpcioTransport:
+    """Serves a checker on one port."""
+
+    def __init__(
+        self,
+        checker: Checker,
+        *,
+        listen: str,
+        tls: TlsFiles | None,
+        health: Readiness,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+    ) -> None:
+        """Make a transport that is not listening yet.
+
+        Args:
+            checker: answers the checks.
+            listen: `host:port`, with an IPv6 host in brackets; port 0 takes a free one.
+            tls: None serves plain text.
+            health: what the health service reports.
+            max_message_bytes: see MAX_MESSAGE_BYTES.
+        """
+        self._checker = checker
+        self._listen = listen
+        self._tls = tls
+        self._readiness = health
+        self._max_message_bytes = max_message_bytes
+        self._received = 0
+        self._health: HealthService | None = None
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self) -> int:
+        """Listen, and return the port.
+
+        Raises:
+            TransportError: the port cannot be had, or the TLS files cannot be used.
+        """
+        port_text = self._listen.rpartition(":")[2]
+        if not (port_text.isascii() and port_text.isdigit() and int(port_text[:6]) <= _MAX_PORT):
+            raise TransportError(f"{self._listen!r} is not host:port with a port from 0 to {_MAX_PORT}")
+        credentials = _server_credentials(self._tls) if self._tls else None
+        health = HealthService(self._readiness, ("", SERVICE))
+        server = grpc.aio.server(
+            handlers=(
+                grpc.method_handlers_generic_handler(
+                    SERVICE, {"Check": grpc.unary_unary_rpc_method_handler(self._check)}
+                ),
+                health.handler(),
+            ),
+            options=(
+                ("grpc.max_receive_message_length", self._max_message_bytes),
+                # Two processes on one port would share its connections, and Envoy has only one for each worker.
+                ("grpc.so_reuseport", 0),
+                ("grpc.http2.min_ping_interval_without_data_ms", _PING_INTERVAL_MS),
+                ("grpc.keepalive_permit_without_calls", 1),
+            ),
+        )
+        reflection.enable_server_reflection(
+            (SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME), server, pool=build_pool()
+        )
+        try:
+            port: int
+            if credentials:
+                port = server.add_secure_port(self._listen, credentials)
+            else:
+                port = server.add_insecure_port(self._listen)
+        except RuntimeError:
+            raise TransportError(
+                f"cannot listen on {self._listen!r}: the port is taken or not allowed, or the host is not one of ours"
+            ) from None
+        await server.start()
+        self._health, self._server = health, server
+        return port
+
+    async def drain(self, grace_seconds: float) -> None:
+        """Finish what is in flight, then close the port and tell clients to go elsewhere (GOAWAY).
+
+        grpcio does the latter two at once, and breaks off (CANCELLED) every call that it has received and not yet
+        handed to Python: under load, most of them. So this goes on answering until a moment comes in which no call
+        is waiting. Under a load that leaves no such moment it closes anyway, after half of `grace_seconds`: have the
+        process report that it is not ready, and give clients time to see it, before draining. Calls that still run
+        when `grace_seconds` are over are broken off. Draining twice does nothing more.
+        """
+        if self._health is None or self._server is None:
+            return
+        self._health.close()
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        quiet_ticks = 0
+        while quiet_ticks < _QUIET_TICKS and loop.time() - started < grace_seconds / 2:
+            received = self._received
+            await asyncio.sleep(_QUIET_TICK_SECONDS)
+            quiet_ticks = quiet_ticks + 1 if self._received == received else 0
+        await self._server.stop(max(0.0, started + grace_seconds - loop.time()))
+
+    async def _check(self, data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        self._received += 1
+        try:
+            return self._checker.check(data)
+        except CannotDecideError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+            raise  # not reached: abort raises
+
+
+def _server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
+    """Read the TLS files.
+
+    Raises:
+        TransportError: naming the file, for C-core says nothing but that the port could not be bound.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        certificate, key = tls.certificate.read_bytes(), tls.key.read_bytes()
+        client_ca = tls.client_ca.read_bytes() if tls.client_ca else None
+    except OSError as error:
+        raise TransportError(f"cannot read the TLS file {error.filename}: {error.strerror}") from None
+    try:
+        context.load_cert_chain(tls.certificate, tls.key, password="")
+    except ssl.SSLError as error:
+        raise TransportError(
+            f"{tls.certificate} and {tls.key} are not a PEM certificate and its unencrypted key: {error}"
+        ) from None
+    if tls.client_ca:
+        try:
+            context.load_verify_locations(tls.client_ca)
+        except ssl.SSLError as error:
+            raise TransportError(f"{tls.client_ca} is not a PEM file of certificate authorities: {error}") from None
+    return grpc.ssl_server_credentials(
+        ((key, certificate),), root_certificates=client_ca, require_client_auth=client_ca is not None
+    )

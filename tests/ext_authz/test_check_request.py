@@ -1,0 +1,222 @@
+"""Whatever Envoy's own messages encode, we read the same."""
+
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.envoy_api import auth, core, protobuf
+
+from authz_server.ext_authz.check_request import BadCheckRequestError, read_check_request
+from authz_server.policy.addresses import InvalidAddressError, parse_address
+from authz_server.policy.attributes import RequestAttributes
+
+TENANT_HEADERS = frozenset({"x-tenant-id", "x-account"})
+WANTED = ("x-envoy-external-address", "x-request-id", "x-tenant-id", "x-account")
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+header_names = st.sampled_from(WANTED) | st.from_regex(r"[a-z][a-z0-9-]{0,15}", fullmatch=True)
+ip_texts = (
+    st.ip_addresses().map(str)
+    | st.ip_addresses(v=6).map(lambda address: address.exploded.upper())
+    | st.ip_addresses(v=4).map(lambda address: f"::ffff:{address}")
+)
+values = ip_texts | texts
+
+
+def check_request(http: auth.AttributeContextHttpRequest | None, source: core.Address | None = None) -> bytes:
+    peer = auth.AttributeContextPeer(address=source)
+    request = auth.AttributeContextRequest(http=http)
+    return bytes(auth.CheckRequest(attributes=auth.AttributeContext(source=peer, request=request)))
+
+
+def http_request(**fields: object) -> auth.AttributeContextHttpRequest:
+    return auth.AttributeContextHttpRequest(**{"method": "GET", "host": "www.example.com", "path": "/", **fields})
+
+
+@st.composite
+def peers(draw: st.DrawFn) -> tuple[core.Address | None, str | None]:
+    """Return an address as Envoy sends it, and what we have to read."""
+    kind = draw(st.sampled_from(["none", "unset", "pipe", "internal", "ip"]))
+    match kind:
+        case "none":
+            return None, None
+        case "unset":
+            return core.Address(), None
+        case "pipe":
+            return core.Address(pipe=core.Pipe(path=draw(texts), mode=0o600)), None
+        case "internal":
+            return core.Address(envoy_internal_address=core.EnvoyInternalAddress(server_listener_name="loop")), None
+        case _:
+            text = draw(ip_texts)
+            socket_address = core.SocketAddress(
+                address=text,
+                port_value=draw(st.integers(0, 65535)),
+                protocol=draw(st.sampled_from(list(core.SocketAddressProtocol))),
+                ipv4_compat=draw(st.booleans()),
+            )
+            return core.Address(socket_address=socket_address), text
+
+
+@st.composite
+def unread_parts(draw: st.DrawFn) -> dict[str, object]:
+    """Fill fields of AttributeContext that we have no use for."""
+    metadata = core.Metadata(
+        filter_metadata={draw(texts): protobuf.Struct(fields={draw(texts): protobuf.Value(string_value=draw(texts))})}
+    )
+    return {
+        "destination": auth.AttributeContextPeer(
+            address=core.Address(socket_address=core.SocketAddress(address="192.0.2.99", port_value=443)),
+            service=draw(texts),
+        ),
+        "context_extensions": draw(st.dictionaries(texts, texts, max_size=3)),
+        "metadata_context": metadata,
+        "route_metadata_context": metadata,
+        "tls_session": auth.AttributeContextTlsSession(sni=draw(texts)),
+    }
+
+
+def joined(pairs: list[tuple[str, str]]) -> dict[str, str]:
+    """Lower-case names, and values of one name joined by commas in their order: what Envoy's map form holds."""
+    headers: dict[str, list[str]] = {}
+    for name, value in pairs:
+        headers.setdefault(name.lower(), []).append(value)
+    return {name: ",".join(parts) for name, parts in headers.items()}
+
+
+@st.composite
+def header_fields(draw: st.DrawFn) -> tuple[dict[str, object], dict[str, str]]:
+    """Return the headers in one of the two forms, and the same headers joined."""
+    if draw(st.booleans()):
+        headers = draw(st.dictionaries(header_names, values, max_size=8))
+        return {"headers": headers}, headers
+    pairs: list[tuple[str, str]] = []
+    encoded: list[core.HeaderValue] = []
+    for name in draw(st.lists(header_names | header_names.map(str.title), max_size=8)):
+        if draw(st.booleans()):
+            text = draw(values)
+            header = core.HeaderValue(key=name, value=text)
+        else:
+            raw = draw(st.binary(max_size=20) | values.map(str.encode))
+            text = raw.decode(errors="replace")
+            header = core.HeaderValue(key=name, raw_value=raw)
+        pairs.append((name, text))
+        encoded.append(header)
+    return {"header_map": core.HeaderMap(headers=encoded)}, joined(pairs)
+
+
+@settings(max_examples=100, deadline=None)
+@given(method=texts, host=texts, path=texts, peer=peers(), headers=header_fields(), unread=unread_parts(), body=texts)
+def test_reads_what_envoys_own_messages_encode(
+    *,
+    method: str,
+    host: str,
+    path: str,
+    peer: tuple[core.Address | None, str | None],
+    headers: tuple[dict[str, object], dict[str, str]],
+    unread: dict[str, object],
+    body: str,
+) -> None:
+    fields, expected_headers = headers
+    http = auth.AttributeContextHttpRequest(
+        id=body,
+        method=method,
+        host=host,
+        path=path,
+        scheme="https",
+        query=body,
+        fragment=body,
+        size=len(body),
+        protocol="HTTP/2",
+        body=body,
+        raw_body=body.encode(),
+        **fields,
+    )
+    message = auth.CheckRequest(
+        attributes=auth.AttributeContext(
+            source=auth.AttributeContextPeer(address=peer[0], principal=body, certificate=body, labels={body: body}),
+            request=auth.AttributeContextRequest(time=datetime(2024, 5, 6, tzinfo=UTC), http=http),
+            **unread,
+        )
+    )
+    assert read_check_request(bytes(message), TENANT_HEADERS) == RequestAttributes(
+        method=method,
+        host=host,
+        path=path,
+        peer_address=peer[1],
+        external_address=expected_headers.get("x-envoy-external-address"),
+        headers={name: value for name, value in expected_headers.items() if name in TENANT_HEADERS},
+        request_id=expected_headers.get("x-request-id", ""),
+    )
+
+
+def test_keeps_no_header_that_the_decision_does_not_need() -> None:
+    secret = {"cookie": "session=1", "authorization": "Bearer t", "x-forwarded-for": "192.0.2.1"}
+    data = check_request(http_request(headers={**secret, "x-tenant-id": "acme"}))
+    attributes = read_check_request(data, TENANT_HEADERS)
+    assert attributes.headers == {"x-tenant-id": "acme"}
+    assert not any(value in repr(attributes) for value in secret.values())
+
+
+def test_an_absent_external_address_is_none_and_an_empty_one_is_not() -> None:
+    absent = read_check_request(check_request(http_request()), TENANT_HEADERS)
+    empty = read_check_request(check_request(http_request(headers={"x-envoy-external-address": ""})), TENANT_HEADERS)
+    assert (absent.external_address, empty.external_address) == (None, "")
+
+
+@pytest.mark.parametrize(
+    "raw_values",
+    [
+        pytest.param([b"203.0.113.7\xff"], id="stray byte after"),
+        pytest.param([b"\xc0\xb1203.0.113.7"], id="overlong digit before"),
+        pytest.param(["203.0.113.\N{FULLWIDTH DIGIT SEVEN}".encode()], id="full-width digit"),
+        pytest.param([b"203.0.113.7", b"203.0.113.7"], id="twice the same"),
+        pytest.param([b"203.0.113.7", b""], id="one and an empty one"),
+        pytest.param([b"", b"203.0.113.7"], id="an empty one and one"),
+        pytest.param([b"203.0.113.7\x00"], id="NUL"),
+        pytest.param([b" 203.0.113.7"], id="space"),
+    ],
+)
+def test_a_raw_address_that_is_not_exactly_one_stays_invalid(raw_values: list[bytes]) -> None:
+    headers = [core.HeaderValue(key="x-envoy-external-address", raw_value=raw) for raw in raw_values]
+    data = check_request(http_request(header_map=core.HeaderMap(headers=headers)))
+    external_address = read_check_request(data, TENANT_HEADERS).external_address
+    assert external_address is not None
+    with pytest.raises(InvalidAddressError):
+        parse_address(external_address)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"", id="empty message"),
+        pytest.param(b"\xff\xff\xff\xff", id="garbage"),
+        pytest.param(bytes(auth.CheckRequest(attributes=auth.AttributeContext())), id="no request"),
+        pytest.param(check_request(None), id="no http"),
+        pytest.param(check_request(http_request())[:-1], id="cut short"),
+        pytest.param(check_request(http_request(path="/PATH")).replace(b"/PATH", b"/P\xffTH"), id="path not UTF-8"),
+        pytest.param(
+            check_request(http_request(headers={"x-a": "VALUE"})).replace(b"VALUE", b"V\xffLUE"), id="header not UTF-8"
+        ),
+        pytest.param(b"\x0a\x80\x80\x80\x80\x08", id="length beyond the end"),
+        pytest.param(b"\x1b" * 100_000, id="groups nested too deep"),
+    ],
+)
+def test_refuses_what_is_no_check_about_an_http_request(data: bytes) -> None:
+    with pytest.raises(BadCheckRequestError):
+        read_check_request(data, TENANT_HEADERS)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200), st.integers(0, 400), st.integers(0, 3))
+def test_any_bytes_are_read_or_refused(noise: bytes, position: int, removed: int) -> None:
+    """Noise alone, and noise within a real message: attributes or BadCheckRequestError, nothing else."""
+    real = check_request(
+        http_request(headers={"x-envoy-external-address": "203.0.113.7", "x-tenant-id": "acme", "cookie": "a" * 200})
+    )
+    for data in (noise, real[:position] + noise + real[position + removed :]):
+        try:
+            attributes = read_check_request(data, TENANT_HEADERS)
+        except BadCheckRequestError:
+            continue
+        assert attributes.headers.keys() <= TENANT_HEADERS
