@@ -23,6 +23,11 @@ class StoreUnavailableError(StoreError):
     with the same change id."""
 
 
+class StoreRefusedError(StoreError):
+    """The store answered and refused, in words that the message repeats (permissions, memory, a read-only replica,
+    a wrong password); nothing was written."""
+
+
 class NotInitialisedError(StoreError):
     """There is no policy: `authzctl init` was never run, or its keys are gone."""
 
@@ -78,13 +83,13 @@ class StoredRecord:
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """One record set, removed or only checked within a change."""
+    """One record set or removed within a change."""
 
     key: RecordKey
     expected: str | None
     """The record's stored text before the change; None: there must be no such record."""
     new: Record | None
-    """The record to store; None removes it."""
+    """The record to store; None removes it (then `expected` says what)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +103,12 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A change as an administrator asks for it."""
+    """A change as an administrator asks for it.
+
+    Raises:
+        ValueError: no writes, more writes and checks than MAX_WRITES_PER_CHANGE, one key twice, a write that removes
+            nothing, or no change id.
+    """
 
     change_id: str
     """Random, chosen once for the change: the same id sent again returns the stored result and writes nothing."""
@@ -110,6 +120,23 @@ class Change:
     """What was asked for, such as `block.add`; for people who read the history."""
     writes: tuple[Write, ...]
     checks: tuple[Check, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.change_id:
+            raise ValueError("a change needs a change id: choose a random one for each change")
+        if not self.writes:
+            raise ValueError("a change needs at least one record to write")
+        parts: tuple[Write | Check, ...] = (*self.writes, *self.checks)
+        if len(parts) > MAX_WRITES_PER_CHANGE:
+            raise ValueError(f"{len(parts)} records are too many for one change: split it at {MAX_WRITES_PER_CHANGE}")
+        seen: set[RecordKey] = set()
+        for part in parts:
+            if part.key in seen:
+                raise ValueError(f"{part.key} is twice in one change")
+            seen.add(part.key)
+        for write in self.writes:
+            if write.expected is None and write.new is None:
+                raise ValueError(f"{write.key}: nothing to remove; use a Check to make sure that it is not there")
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +186,11 @@ class LoadedPolicy:
 
 
 class Store(Protocol):
-    """Policy at rest. Every method may raise StoreUnavailableError; all but `init` NotInitialisedError."""
+    """Policy at rest.
+
+    Every method may raise StoreUnavailableError, StoreRefusedError and InconsistentStateError; all but `init`
+    NotInitialisedError and UnknownFormatError.
+    """
 
     async def init(self, *, actor: str, reason: str, change_id: str) -> WriteResult:
         """Create an empty policy with a new random epoch, at revision 1.
@@ -180,7 +211,7 @@ class Store(Protocol):
         Raises:
             ConflictError: a record is not what the change expects.
             EpochChangedError: the policy is not the one that the change was prepared for.
-            ValueError: the change has no writes, more than MAX_WRITES_PER_CHANGE, or one key twice.
+            ValueError: a record does not belong under its key, or could not be read again.
         """
 
     async def load(self) -> LoadedPolicy:

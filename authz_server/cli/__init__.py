@@ -1,0 +1,1 @@
+"""The command lines: `authz-server` for operators, `authzctl` for the security team."""

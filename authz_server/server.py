@@ -1,0 +1,263 @@
+"""The composition root: builds the rooms, serves, and leaves in the right order.
+
+Leaving: not ready first, so that endpoints take us out; meanwhile go on answering; then finish what is in flight; then
+the follower and the store; the admin port last, so that it can be asked until the end. A second signal skips all that.
+"""
+
+import asyncio
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+
+import structlog
+
+from authz_server.admin import AdminServer, CannotListenError, build_admin_app, open_socket
+from authz_server.ext_authz.check_response import ResponseOptions
+from authz_server.ext_authz.checker import Checked, Checker
+from authz_server.ext_authz.grpcio_transport import GrpcioTransport, TlsFiles, TransportError
+from authz_server.health import ComponentName, HealthState
+from authz_server.metrics import Metrics, StateCollector
+from authz_server.policy.snapshot import Snapshot
+from authz_server.refresher import Refresher, RefresherStatus
+from authz_server.settings import Settings, hide_password, parse_listen
+from authz_server.store.interface import Event
+from authz_server.store.redis_store import RedisStore
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+"""It could not start, a part of it ended unexpectedly, or a second signal made it leave at once."""
+
+FAULT_SECONDS = 1.0
+"""At most one internal error in this time is logged: clients may be able to provoke them."""
+_RECORDS_LOGGED = 50
+"""Of the records that a change touches, so many are named in the log; the store's history names all."""
+
+_log = structlog.get_logger("authz_server")
+
+
+async def serve(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT, and return the exit code. Logs must have been set up."""
+    loop = asyncio.get_running_loop()
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _on_signal, number, stopping)
+    try:
+        async with AsyncExitStack() as stack:
+            exit_code = await _serve(settings, stopping, stack)
+    except (CannotListenError, TransportError) as error:
+        _log.error("cannot start", problem=str(error))
+        exit_code = EXIT_FAILED
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+    _log.info("stopped", exit_code=exit_code)
+    return exit_code
+
+
+async def _serve(settings: Settings, stopping: asyncio.Event, stack: AsyncExitStack) -> int:
+    health = HealthState()
+    metrics = Metrics()
+    store = RedisStore(settings.store_url(), prefix=settings.redis_prefix)
+    refresher = Refresher(
+        store,
+        settings.decision_options(),
+        on_event=log_event,
+        on_status=StatusWatch(health, lambda: refresher.current),
+        max_age_seconds=settings.max_snapshot_age_seconds,
+    )
+
+    def current() -> Snapshot | None:
+        return refresher.current
+
+    def current_for_check() -> Snapshot | None:
+        if refresher.current is None:
+            metrics.count_unavailable()
+        return refresher.current
+
+    def age_seconds() -> float | None:
+        return refresher.status.age_seconds(time.monotonic()) if refresher.status.position else None
+
+    metrics.registry.register(
+        StateCollector(
+            current=current,
+            age_seconds=age_seconds,
+            connected=lambda: refresher.status.connected,
+            ready=health.is_ready,
+        )
+    )
+    checker = Checker(
+        current_for_check,
+        _response_options(settings),
+        max_request_bytes=settings.max_request_bytes,
+        observe=Observer(metrics),
+    )
+    transport = GrpcioTransport(checker, listen=settings.listen, tls=_tls_files(settings), health=health)
+    admin = AdminServer(
+        build_admin_app(health=health, registry=metrics.registry, current=current, age_seconds=age_seconds)
+    )
+
+    # Everything is left in the reverse order of these lines, also when one of them fails.
+    stack.push_async_callback(store.close)
+    admin_host, admin_port = parse_listen(settings.admin_listen)
+    listening = stack.enter_context(open_socket(admin_host, admin_port))
+    admin_task = asyncio.create_task(admin.serve([listening]), name="admin port")
+    stack.push_async_callback(_stop_admin, admin, admin_task)
+    # C-core does not say why it cannot listen; the operating system does.
+    open_socket(*parse_listen(settings.listen)).close()
+    grpc_port = await transport.start()
+    follower = asyncio.create_task(refresher.run(), name="refresher")
+    stack.push_async_callback(_cancel, follower)
+    stack.push_async_callback(transport.drain, settings.grace_seconds)
+
+    _log.info(
+        "serving",
+        grpc=_host_port(parse_listen(settings.listen)[0], grpc_port),
+        admin=_host_port(admin_host, listening.getsockname()[1]),
+        redis=hide_password(settings.redis_url.get_secret_value()),
+    )
+    health.subscribe(lambda ready: _log.info("ready") if ready else _log.warning("not ready", why=_missing(health)))
+    health.set(ComponentName.SERVING, ready=True, detail="accepts checks")
+    exit_code = await _until_stopped(stopping, {admin_task, follower})
+
+    health.set(ComponentName.SERVING, ready=False, detail="draining: checks are still answered")
+    _log.info("draining", seconds=settings.drain_seconds)
+    await asyncio.sleep(settings.drain_seconds)
+    _log.info("finishing", at_most_seconds=settings.grace_seconds)
+    return exit_code
+
+
+class StatusWatch:
+    """Turns what the refresher says into components of health, and its changes into log lines."""
+
+    def __init__(self, health: HealthState, current: Callable[[], Snapshot | None]) -> None:
+        self._health = health
+        self._current = current
+        self._last = RefresherStatus()
+
+    def __call__(self, status: RefresherStatus) -> None:
+        """Take note of a new status."""
+        snapshot = self._current()
+        if snapshot:
+            detail = f"revision {snapshot.revision} of epoch {snapshot.epoch}"
+        elif status.position:
+            detail = "too old: the store has not confirmed it for longer than max_snapshot_age_seconds"
+        else:
+            detail = f"not loaded: {status.problem}"
+        if status.loads != self._last.loads and snapshot:
+            _log.info(
+                "snapshot loaded",
+                epoch=snapshot.epoch,
+                revision=snapshot.revision,
+                counts=snapshot.counts(),
+                degraded_scopes=snapshot.degraded_scopes(),
+            )
+        if (status.connected, status.problem) != (self._last.connected, self._last.problem):
+            if status.connected:
+                _log.info("redis connected")
+            else:
+                consequence = "decisions go on from the last snapshot" if snapshot else "checks get UNAVAILABLE"
+                _log.warning("redis not usable", problem=status.problem, consequence=consequence)
+        self._last = status
+        self._health.set(ComponentName.SNAPSHOT, ready=snapshot is not None, detail=detail)
+        self._health.set(ComponentName.REDIS, ready=status.connected, detail=status.problem or "connected")
+
+
+class Observer:
+    """Counts what the checker answers, and logs its faults, not more than one in FAULT_SECONDS."""
+
+    def __init__(self, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
+        self._metrics = metrics
+        self._clock = clock
+        self._quiet_until = -math.inf
+        self._not_logged = 0
+
+    def __call__(self, checked: Checked) -> None:
+        """Take note of one answer."""
+        self._metrics.observe(checked.decision, checked.seconds)
+        if checked.error is None:
+            return
+        now = self._clock()
+        if now < self._quiet_until:
+            self._not_logged += 1
+            return
+        _log.error("internal error: the check was denied", exc_info=checked.error, not_logged_before=self._not_logged)
+        self._quiet_until = now + FAULT_SECONDS
+        self._not_logged = 0
+
+
+def log_event(event: Event) -> None:
+    """Log an applied change: who did what, and why. The store's own history is the audit; this is a copy."""
+    named = [str(record.key) for record in event.records[:_RECORDS_LOGGED]]
+    _log.info(
+        "change applied",
+        revision=event.position.revision,
+        change_id=event.position.change_id,
+        actor=event.actor,
+        action=event.action,
+        reason=event.reason,
+        changed_at=event.at,
+        records=named,
+        records_not_named=len(event.records) - len(named),
+    )
+
+
+def _on_signal(number: signal.Signals, stopping: asyncio.Event) -> None:
+    if stopping.is_set():
+        _log.warning("leaving at once", signal=number.name)
+        # Not sys.exit: that would wait for the drain, which is what the second signal is there to skip.
+        os._exit(EXIT_FAILED)
+    _log.info("stopping", signal=number.name)
+    stopping.set()
+
+
+async def _until_stopped(stopping: asyncio.Event, parts: set[asyncio.Task[None]]) -> int:
+    """Wait for a signal, or for a part to end, which none should; return the exit code."""
+    stop = asyncio.create_task(stopping.wait())
+    done, _ = await asyncio.wait({stop, *parts}, return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    ended = [part for part in parts if part in done]
+    for part in ended:
+        error = None if part.cancelled() else part.exception()
+        _log.critical("a part of the server ended unexpectedly", part=part.get_name(), exc_info=error)
+    return EXIT_FAILED if ended else EXIT_OK
+
+
+async def _stop_admin(admin: AdminServer, task: asyncio.Task[None]) -> None:
+    admin.stop()
+    await asyncio.wait({task})
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait({task})
+
+
+def _missing(health: HealthState) -> dict[str, str]:
+    return {
+        str(name): component.detail
+        for name, component in health.components.items()
+        if component.required and not component.ready
+    }
+
+
+def _host_port(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _response_options(settings: Settings) -> ResponseOptions:
+    return ResponseOptions(
+        routing_header=settings.routing_header,
+        tenant_header=settings.tenant_header,
+        denied_status=settings.denied_status,
+        retry_after_seconds=settings.retry_after_seconds,
+        show_reason=settings.show_reason,
+    )
+
+
+def _tls_files(settings: Settings) -> TlsFiles | None:
+    if settings.tls_certificate is None or settings.tls_key is None:
+        return None
+    return TlsFiles(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)

@@ -1,0 +1,441 @@
+"""What every store does. Each test runs on the memory store and on a real Valkey."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any, Protocol
+
+import pytest
+from redis.asyncio import Redis
+from support.policies import ACME, OFFICE, Q1, Writer, by_key, network_entry, network_key
+
+from authz_server.demo.valkey import Valkey
+from authz_server.policy.access import NamedList
+from authz_server.policy.affinity import Instance, Tenant
+from authz_server.policy.records import RecordKey, RecordKind, Unreadable
+from authz_server.store.interface import (
+    MAX_WRITES_PER_CHANGE,
+    AlreadyInitialisedError,
+    Change,
+    Check,
+    ConflictError,
+    EpochChangedError,
+    InconsistentStateError,
+    NotInitialisedError,
+    PositionLostError,
+    Store,
+    Write,
+)
+from authz_server.store.keys import encode_record
+from authz_server.store.memory_store import MemoryStore
+from authz_server.store.redis_store import RedisStore
+
+
+class Backdoor(Protocol):
+    """What people do to a store behind its back."""
+
+    async def edit(self, collection: str, field: str, text: str) -> None: ...
+
+    async def lose(self, collection: str) -> None: ...
+
+    async def trim(self, keep: int) -> None: ...
+
+    async def wipe(self) -> None: ...
+
+
+class MemoryBackdoor:
+    def __init__(self, store: MemoryStore) -> None:
+        self._store = store
+
+    async def edit(self, collection: str, field: str, text: str) -> None:
+        self._store.collections.setdefault(collection, {})[field] = text
+
+    async def lose(self, collection: str) -> None:
+        del self._store.collections[collection]
+
+    async def trim(self, keep: int) -> None:
+        del self._store.events[:-keep]
+
+    async def wipe(self) -> None:
+        for kept in (self._store.collections, self._store.counts, self._store.events):
+            kept.clear()
+        await self._store.wake()
+
+
+class RedisBackdoor:
+    def __init__(self, client: Any, tag: str) -> None:
+        self._client = client
+        self._tag = tag
+
+    async def edit(self, collection: str, field: str, text: str) -> None:
+        await self._client.hset(f"{self._tag}:{collection}", field, text)
+
+    async def lose(self, collection: str) -> None:
+        assert await self._client.delete(f"{self._tag}:{collection}")
+
+    async def trim(self, keep: int) -> None:
+        await self._client.xtrim(f"{self._tag}:changes", maxlen=keep, approximate=False)
+
+    async def wipe(self) -> None:
+        await self._client.delete(*await self._client.keys(f"{self._tag}:*"))
+
+
+@pytest.fixture(params=["memory", pytest.param("redis", marks=pytest.mark.integration)])
+async def stores(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Store, Backdoor]]:
+    if request.param == "memory":
+        memory = MemoryStore()
+        yield memory, MemoryBackdoor(memory)
+        return
+    valkey: Valkey = request.getfixturevalue("valkey")
+    prefix = f"test-{secrets.token_hex(4)}"
+    redis_store = RedisStore(valkey.url, prefix=prefix)
+    client: Any = Redis.from_url(valkey.url)
+    try:
+        yield redis_store, RedisBackdoor(client, f"{{{prefix}}}")
+    finally:
+        await redis_store.close()
+        await client.aclose()
+
+
+@pytest.fixture
+def store(stores: tuple[Store, Backdoor]) -> Store:
+    return stores[0]
+
+
+@pytest.fixture
+def backdoor(stores: tuple[Store, Backdoor]) -> Backdoor:
+    return stores[1]
+
+
+@pytest.fixture
+def writer(store: Store) -> Writer:
+    return Writer(store)
+
+
+async def test_without_init_everything_says_so(store: Store) -> None:
+    read = [store.position, store.load, lambda: store.read(Q1), lambda: store.history(count=1)]
+    for method in read:
+        with pytest.raises(NotInitialisedError):
+            await method()
+    with pytest.raises(NotInitialisedError):
+        await store.apply(await Writer(store).change(Write(Q1, None, Instance("q1")), epoch="e"))
+
+
+async def test_init_makes_an_empty_policy_at_revision_1(store: Store) -> None:
+    result = await store.init(actor="alice", reason="new here", change_id="c1")
+    assert (result.position.revision, result.position.change_id, result.repeated) == (1, "c1", False)
+    assert await store.position() == result.position
+    loaded = await store.load()
+    assert (loaded.position, loaded.records) == (result.position, [])
+    [event] = await store.history(count=10)
+    assert (event.position, event.actor, event.reason, event.action) == (result.position, "alice", "new here", "init")
+
+
+async def test_init_again_leaves_the_policy_alone_and_the_same_init_again_is_repeated(store: Store) -> None:
+    first = await store.init(actor="alice", reason="r", change_id="c1")
+    assert await store.init(actor="alice", reason="r", change_id="c1") == replace(first, repeated=True)
+    with pytest.raises(AlreadyInitialisedError):
+        await store.init(actor="bob", reason="r", change_id="c2")
+    assert await store.position() == first.position
+
+
+async def test_two_policies_have_two_epochs(store: Store) -> None:
+    result = await Writer(store).init()
+    assert result.position.epoch != (await Writer(MemoryStore()).init()).position.epoch
+
+
+async def test_a_change_sets_replaces_and_removes_records_and_tells_who_and_why(store: Store, writer: Writer) -> None:
+    initial = (await writer.init()).position
+    change = await writer.change(
+        Write(OFFICE, None, NamedList("office")),
+        Write(network_key("10.0.0.0/8"), None, network_entry("10.0.0.0/8")),
+        actor="bob",
+        reason="they moved in",
+        action="list.add",
+    )
+    first = await store.apply(change)
+    assert (first.position.epoch, first.position.revision, first.repeated) == (initial.epoch, 2, False)
+    office = await store.read(OFFICE)
+    assert office
+    assert office.record == NamedList("office")
+    assert office.text == encode_record(NamedList("office"))
+    second = await store.apply(
+        await writer.change(
+            Write(OFFICE, office.text, NamedList("office", "Berlin")),
+            Write(network_key("10.0.0.0/8"), encode_record(network_entry("10.0.0.0/8")), None),
+        )
+    )
+    loaded = await store.load()
+    assert (loaded.position, by_key(loaded)) == (second.position, {OFFICE: NamedList("office", "Berlin")})
+    newest, event, _ = await store.history(count=10)
+    assert (event.actor, event.reason, event.action) == ("bob", "they moved in", "list.add")
+    assert (event.position, event.previous_change_id) == (first.position, initial.change_id)
+    assert [(item.key, item.previous, item.record) for item in event.records] == [
+        (OFFICE, None, NamedList("office")),
+        (network_key("10.0.0.0/8"), None, network_entry("10.0.0.0/8")),
+    ]
+    assert event.counts == {"lists": 1, "entries:office": 1}
+    assert newest.counts == {"lists": 1, "entries:office": 0}
+    assert [(item.previous, item.new) for item in newest.records] == [
+        (office.text, encode_record(NamedList("office", "Berlin"))),
+        (encode_record(network_entry("10.0.0.0/8")), None),
+    ]
+    assert newest.at >= event.at > 1_700_000_000
+
+
+async def test_a_record_that_is_not_there_is_none(store: Store, writer: Writer) -> None:
+    await writer.init()
+    assert await store.read(Q1) is None
+
+
+@pytest.mark.parametrize(
+    ("there", "expected", "found"),
+    [
+        (None, '{"state":"active","weight":9}', None),
+        (Instance("q1", 2), None, '{"state":"active","weight":2}'),
+        (Instance("q1", 2), '{"state":"active","weight":9}', '{"state":"active","weight":2}'),
+    ],
+    ids=["gone", "came", "changed"],
+)
+@pytest.mark.parametrize("only_checked", [False, True], ids=["write", "check"])
+async def test_a_record_that_is_not_as_expected_stops_the_whole_change(
+    store: Store, writer: Writer, *, there: Instance | None, expected: str | None, found: str | None, only_checked: bool
+) -> None:
+    await writer.init()
+    if there:
+        await writer.set((Q1, there))
+    before = await store.load()
+    writes = [Write(ACME, None, Tenant("acme", "q1"))]
+    checks = []
+    if only_checked:
+        checks.append(Check(Q1, expected))
+    else:
+        writes.append(Write(Q1, expected, Instance("q1", 5)))
+    change = await writer.change(*writes, checks=tuple(checks))
+    with pytest.raises(ConflictError) as caught:
+        await store.apply(change)
+    assert (caught.value.key, caught.value.expected, caught.value.found) == (Q1, expected, found)
+    assert await store.load() == before
+    # A change that was refused has not been applied: its id is still good.
+    mended = replace(change, writes=(Write(ACME, None, Tenant("acme", "q1")),), checks=(Check(Q1, found),))
+    assert (await store.apply(mended)).repeated is False
+
+
+async def test_the_same_change_id_again_writes_nothing_and_returns_the_first_result(
+    store: Store, writer: Writer
+) -> None:
+    await writer.init()
+    change = await writer.change(Write(Q1, None, Instance("q1")))
+    first = await store.apply(change)
+    await writer.set((Q1, None))
+    assert await store.apply(change) == replace(first, repeated=True)
+    assert await store.read(Q1) is None
+    assert (await store.position()).revision == 3
+
+
+async def test_a_change_for_another_epoch_is_refused(store: Store, writer: Writer) -> None:
+    await writer.init()
+    with pytest.raises(EpochChangedError):
+        await store.apply(await writer.change(Write(Q1, None, Instance("q1")), epoch="another"))
+    assert (await store.position()).revision == 1
+
+
+async def test_as_many_records_as_a_change_may_hold(store: Store, writer: Writer) -> None:
+    await writer.init()
+    cidrs = [f"10.0.{i // 256}.{i % 256}/32" for i in range(MAX_WRITES_PER_CHANGE)]
+    added = await writer.change(*(Write(network_key(cidr), None, network_entry(cidr)) for cidr in cidrs))
+    await store.apply(added)
+    assert len((await store.load()).records) == MAX_WRITES_PER_CHANGE
+    [event] = await store.history(count=1)
+    assert event.counts == {"entries:office": MAX_WRITES_PER_CHANGE}
+    gone = await writer.change(*(Write(write.key, encode_record(write.new), None) for write in added.writes))
+    await store.apply(gone)
+    assert (await store.load()).records == []
+
+
+@pytest.mark.parametrize(
+    "record",
+    [Instance("q2"), Instance("q1", 0), Tenant("q1", "x")],
+    ids=["another name", "cannot be read again", "another kind"],
+)
+async def test_a_record_that_does_not_fit_its_key_is_not_stored(store: Store, writer: Writer, record: Any) -> None:
+    await writer.init()
+    with pytest.raises(ValueError, match="instance q1 cannot be stored"):
+        await store.apply(await writer.change(Write(Q1, None, record)))
+    assert (await store.position()).revision == 1
+
+
+async def test_events_follow_a_position_in_order(store: Store, writer: Writer) -> None:
+    start = (await writer.init()).position
+    results = [await writer.set((Q1, Instance("q1", weight))) for weight in range(1, 100)]
+    events = []
+    position = start
+    while page := await store.events_after(position, wait_seconds=0):
+        events += page
+        position = page[-1].position
+    assert [event.position for event in events] == [result.position for result in results]
+    assert [event.records[0].record for event in events] == [Instance("q1", weight) for weight in range(1, 100)]
+    newest = await store.history(count=3)
+    assert newest == events[:-4:-1]
+
+
+async def test_events_are_waited_for(store: Store, writer: Writer) -> None:
+    start = (await writer.init()).position
+    waiting = asyncio.create_task(store.events_after(start, wait_seconds=5))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    result = await writer.set((Q1, Instance("q1")))
+    async with asyncio.timeout(1):
+        [event] = await waiting
+    assert event.position == result.position
+
+
+async def test_when_nothing_happens_the_wait_ends_empty(store: Store, writer: Writer) -> None:
+    start = (await writer.init()).position
+    assert await store.events_after(start, wait_seconds=0.05) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"epoch": "another"}, {"revision": 3}, {"revision": 1}, {"change_id": "another"}],
+    ids=["another epoch", "revision of the future", "a revision that another change led to", "another history"],
+)
+async def test_a_position_of_another_history_is_lost(store: Store, writer: Writer, change: dict[str, Any]) -> None:
+    await writer.init()
+    await writer.set((Q1, Instance("q1")))
+    with pytest.raises(PositionLostError):
+        await store.events_after(replace(await store.position(), **change), wait_seconds=0)
+
+
+async def test_the_same_number_of_revisions_in_another_history_is_noticed(
+    store: Store, backdoor: Backdoor, writer: Writer
+) -> None:
+    await writer.init()
+    before = (await writer.set((Q1, Instance("q1")))).position
+    await backdoor.wipe()
+    await writer.init()
+    await writer.set((Q1, Instance("q1")))
+    with pytest.raises(PositionLostError):
+        await store.events_after(before, wait_seconds=0)
+
+
+async def test_trimmed_events_are_noticed(store: Store, backdoor: Backdoor, writer: Writer) -> None:
+    start = (await writer.init()).position
+    for weight in range(1, 6):
+        end = (await writer.set((Q1, Instance("q1", weight)))).position
+    await backdoor.trim(2)
+    with pytest.raises(PositionLostError):
+        await store.events_after(start, wait_seconds=0)
+    assert await store.events_after(end, wait_seconds=0) == []
+    assert by_key(await store.load()) == {Q1: Instance("q1", 5)}
+
+
+async def test_wiped_while_a_follower_waits(store: Store, backdoor: Backdoor, writer: Writer) -> None:
+    start = (await writer.init()).position
+    waiting = asyncio.create_task(store.events_after(start, wait_seconds=0.3))
+    await asyncio.sleep(0.05)
+    await backdoor.wipe()
+    with pytest.raises(NotInitialisedError):
+        await waiting
+
+
+async def test_a_value_written_by_hand_is_unreadable_and_can_be_replaced(
+    store: Store, backdoor: Backdoor, writer: Writer
+) -> None:
+    await writer.init()
+    await writer.set((Q1, Instance("q1")), (ACME, Tenant("acme", "q1")))
+    await backdoor.edit("tenants", "acme", '{"instance":"Q1"}')
+    stored = await store.read(ACME)
+    assert stored
+    assert isinstance(stored.record, Unreadable)
+    loaded = by_key(await store.load())
+    assert loaded == {Q1: Instance("q1"), ACME: stored.record}
+    assert "'Q1'" in stored.record.problem
+    await writer.set((ACME, Tenant("acme", "q1")))
+    assert by_key(await store.load())[ACME] == Tenant("acme", "q1")
+    [event] = await store.history(count=1)
+    assert event.records[0].previous == '{"instance":"Q1"}'
+
+
+async def test_a_lost_collection_is_an_incident(store: Store, backdoor: Backdoor, writer: Writer) -> None:
+    await writer.init()
+    await writer.set((Q1, Instance("q1")), (network_key("10.0.0.0/8"), network_entry("10.0.0.0/8")))
+    await backdoor.lose("entries:office")
+    with pytest.raises(InconsistentStateError, match="entries:office"):
+        await store.load()
+
+
+async def test_a_record_added_by_hand_is_an_incident(store: Store, backdoor: Backdoor, writer: Writer) -> None:
+    await writer.init()
+    await backdoor.edit("tenants", "acme", '{"instance":"q1"}')
+    with pytest.raises(InconsistentStateError, match="tenants"):
+        await store.load()
+
+
+async def test_records_without_a_policy_are_not_taken_over_by_init(
+    store: Store, backdoor: Backdoor, writer: Writer
+) -> None:
+    await backdoor.edit("tenants", "acme", '{"instance":"q1"}')
+    with pytest.raises(InconsistentStateError):
+        await writer.init()
+
+
+async def test_a_load_while_others_write_is_the_state_at_its_position(
+    store: Store, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replaying all events up to the position gives the same records."""
+    monkeypatch.setattr("authz_server.store.redis_store._SCAN_COUNT", 10)
+    start = (await writer.init()).position
+    cidrs = [f"10.0.{i // 256}.{i % 256}/32" for i in range(1500)]
+    await writer.set(*((network_key(cidr), network_entry(cidr)) for cidr in cidrs[:900]))
+    done = asyncio.Event()
+
+    async def keep_writing() -> None:
+        step = 0
+        while not done.is_set():
+            step += 1
+            cidr = cidrs[step * 7919 % len(cidrs)]
+            there = await store.read(network_key(cidr))
+            await writer.set(
+                (network_key(cidr), None if there else network_entry(cidr, f"step {step}")),
+                (network_key("192.0.2.0/24", f"list-{step % 5}"), network_entry("192.0.2.0/24", f"step {step}")),
+            )
+            await asyncio.sleep(0)
+
+    writing = asyncio.create_task(keep_writing())
+    try:
+        loads = [await store.load() for _ in range(5)]
+    finally:
+        done.set()
+        await writing
+    state: dict[RecordKey, Any] = {}
+    states = {start: {}}
+    for event in reversed(await store.history(count=100_000)):
+        for item in event.records:
+            if item.record is None:
+                del state[item.key]
+            else:
+                state[item.key] = item.record
+        states[event.position] = dict(state)
+    for loaded in loads:
+        assert by_key(loaded) == states[loaded.position]
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"writes": ()}, "at least one"),
+        ({"change_id": ""}, "change id"),
+        ({"writes": tuple(Write(RecordKey(RecordKind.TENANT, f"t{i}"), "x", None) for i in range(1001))}, "1001"),
+        ({"checks": (Check(Q1, None),)}, "instance q1 is twice"),
+        ({"writes": (Write(Q1, None, None),)}, "nothing to remove"),
+    ],
+    ids=["no write", "no change id", "too many", "one key twice", "removes nothing"],
+)
+def test_a_change_that_makes_no_sense_cannot_be_made(fields: dict[str, Any], problem: str) -> None:
+    good: dict[str, Any] = {"change_id": "c", "epoch": "e", "actor": "a", "reason": "r", "action": "x"}
+    good["writes"] = (Write(Q1, None, Instance("q1")),)
+    Change(**good)
+    with pytest.raises(ValueError, match=problem):
+        Change(**good | fields)

@@ -1,0 +1,307 @@
+"""What only a real server can show: lost replies, permissions, full memory, damaged keys, secrets in messages."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+from support.policies import ACME, Q1, Writer, by_key, network_entry, network_key
+from support.proxy import LossyProxy
+
+from authz_server.demo.valkey import Valkey
+from authz_server.policy.affinity import Instance, Tenant
+from authz_server.policy.records import Unreadable
+from authz_server.store.interface import (
+    InconsistentStateError,
+    NotInitialisedError,
+    PositionLostError,
+    StoreRefusedError,
+    StoreUnavailableError,
+    UnknownFormatError,
+    Write,
+)
+from authz_server.store.redis_store import RedisStore
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def prefix() -> str:
+    return f"test-{secrets.token_hex(4)}"
+
+
+@pytest.fixture
+async def store(valkey: Valkey, prefix: str) -> AsyncIterator[RedisStore]:
+    store = RedisStore(valkey.url, prefix=prefix)
+    yield store
+    await store.close()
+
+
+@pytest.fixture
+async def client(valkey: Valkey) -> AsyncIterator[Any]:
+    async with Redis.from_url(valkey.url, decode_responses=True) as client:
+        yield client
+
+
+async def test_a_write_whose_reply_is_lost_is_applied_once(valkey: Valkey, prefix: str, store: RedisStore) -> None:
+    """redis-py sends the command again by itself; the answer then says that it had been applied before."""
+    async with LossyProxy(valkey.port) as proxy:
+        distant = RedisStore(f"redis://127.0.0.1:{proxy.port}", prefix=prefix)
+        try:
+            proxy.marker = b"EVALSHA"
+            writer = Writer(distant)
+            await writer.init()
+            await writer.set((ACME, Tenant("acme", "q1")))
+            before = await store.position()
+            proxy.lose = 2
+            result = await writer.set((Q1, Instance("q1")))
+            assert (proxy.lost, result.repeated) == (2, True)
+            assert result.position == await store.position()
+            assert result.position.revision == before.revision + 1
+            events = await store.history(count=100)
+            assert [event.action for event in events] == ["test", "test", "init"]
+        finally:
+            await distant.close()
+
+
+async def test_a_write_whose_replies_are_all_lost_can_be_sent_again_by_its_author(
+    valkey: Valkey, prefix: str, store: RedisStore
+) -> None:
+    async with LossyProxy(valkey.port) as proxy:
+        distant = RedisStore(f"redis://127.0.0.1:{proxy.port}", prefix=prefix)
+        try:
+            await Writer(distant).init()
+            await Writer(distant).set((ACME, Tenant("acme", "q1")))  # from now on Valkey knows the script
+            change = await Writer(distant).change(Write(Q1, None, Instance("q1")))
+            proxy.marker, proxy.lose = b"EVALSHA", 1000
+            with pytest.raises(StoreUnavailableError):
+                await distant.apply(change)
+            assert proxy.lost > 1
+            proxy.lose = 0
+            assert (await distant.apply(change)).repeated is True
+            assert (await store.position()).revision == 3
+        finally:
+            await distant.close()
+
+
+async def test_a_follower_that_is_cut_off_says_so_at_once_and_then_follows_on(valkey: Valkey, prefix: str) -> None:
+    async with LossyProxy(valkey.port) as proxy:
+        distant = RedisStore(f"redis://127.0.0.1:{proxy.port}", prefix=prefix)
+        try:
+            start = (await Writer(distant).init()).position
+            proxy.marker, proxy.lose = b"XREAD", 1
+            with pytest.raises(StoreUnavailableError):
+                await distant.events_after(start, wait_seconds=0.1)
+            await Writer(distant).set((Q1, Instance("q1")))
+            [event] = await distant.events_after(start, wait_seconds=0)
+            assert event.records[0].record == Instance("q1")
+        finally:
+            await distant.close()
+
+
+async def test_scripts_survive_a_server_that_forgot_them(store: RedisStore, client: Any) -> None:
+    await Writer(store).init()
+    await client.script_flush()
+    assert (await Writer(store).set((Q1, Instance("q1")))).position.revision == 2
+
+
+async def test_no_server_no_answer(prefix: str, own_valkey: Valkey) -> None:
+    own_valkey.stop()
+    store = RedisStore(own_valkey.url, prefix=prefix)
+    try:
+        with pytest.raises(StoreUnavailableError, match=f"127.0.0.1:{own_valkey.port} cannot be reached"):
+            await store.position()
+    finally:
+        await store.close()
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["meta", "counts", "changes"],
+)
+async def test_a_lost_key_is_an_incident(store: RedisStore, client: Any, prefix: str, key: str) -> None:
+    await Writer(store).init()
+    await Writer(store).set((Q1, Instance("q1")), (network_key("10.0.0.0/8"), network_entry("10.0.0.0/8")))
+    position = await store.position()
+    change = await Writer(store).change(Write(ACME, None, Tenant("acme", "q1")))
+    assert await client.delete(f"{{{prefix}}}:{key}")
+    with pytest.raises(InconsistentStateError):
+        await store.load()
+    if key != "counts":  # following needs no counts, and a write does not read them all
+        with pytest.raises(InconsistentStateError):
+            await store.apply(change)
+        with pytest.raises(InconsistentStateError):
+            await store.events_after(position, wait_seconds=0)
+        assert await client.hget(f"{{{prefix}}}:tenants", "acme") is None
+    if key == "meta":
+        with pytest.raises(InconsistentStateError):
+            await Writer(store).init()
+
+
+async def test_lost_counts_of_lists_alone_are_noticed(store: RedisStore, client: Any, prefix: str) -> None:
+    """Without its counts nobody would know that the list `office` was ever there."""
+    await Writer(store).init()
+    await Writer(store).set((network_key("10.0.0.0/8"), network_entry("10.0.0.0/8")))
+    await client.delete(f"{{{prefix}}}:counts", f"{{{prefix}}}:entries:office")
+    with pytest.raises(InconsistentStateError, match="0 records in all instead of 1"):
+        await store.load()
+
+
+@pytest.mark.parametrize(
+    ("key", "field", "text"),
+    [
+        ("meta", "revision", "many"),
+        ("meta", "revision", "7"),
+        ("meta", "records", "-1"),
+        ("counts", "instances", "many"),
+        ("counts", "unheard_of", "1"),
+    ],
+)
+async def test_damaged_bookkeeping_is_an_incident(
+    store: RedisStore, client: Any, prefix: str, *, key: str, field: str, text: str
+) -> None:
+    await Writer(store).init()
+    await Writer(store).set((Q1, Instance("q1")))
+    await client.hset(f"{{{prefix}}}:{key}", field, text)
+    with pytest.raises(InconsistentStateError):
+        await store.load()
+
+
+async def test_events_written_by_hand_are_not_followed(store: RedisStore, client: Any, prefix: str) -> None:
+    start = (await Writer(store).init()).position
+    change = await Writer(store).change(Write(Q1, None, Instance("q1")))
+    await client.xadd(f"{{{prefix}}}:changes", {"hello": "world"}, id="2-0")
+    with pytest.raises(PositionLostError):
+        await store.events_after(start, wait_seconds=0)
+    for attempt in (store.load(), store.apply(change)):
+        with pytest.raises(InconsistentStateError):
+            await attempt
+    assert await client.exists(f"{{{prefix}}}:instances") == 0
+
+
+async def test_another_format_is_not_touched(store: RedisStore, client: Any, prefix: str) -> None:
+    position = (await Writer(store).init()).position
+    change = await Writer(store).change(Write(Q1, None, Instance("q1")))
+    await client.hset(f"{{{prefix}}}:meta", "format", "99")
+    for attempt in (store.load(), store.apply(change), store.events_after(position, wait_seconds=0)):
+        with pytest.raises(UnknownFormatError, match="'99'"):
+            await attempt
+
+
+async def test_text_that_is_not_utf_8_is_unreadable_and_can_be_replaced(
+    store: RedisStore, client: Any, prefix: str
+) -> None:
+    await Writer(store).init()
+    await Writer(store).set((ACME, Tenant("acme", "q1")))
+    await client.hset(f"{{{prefix}}}:tenants", "acme", b'{"instance":"\xff"}')
+    assert isinstance(by_key(await store.load())[ACME], Unreadable)
+    start = await store.position()
+    await Writer(store).set((ACME, Tenant("acme", "q1")))
+    assert by_key(await store.load())[ACME] == Tenant("acme", "q1")
+    [event] = await store.events_after(start, wait_seconds=0)
+    assert event.records[0].previous == '{"instance":"\udcff"}'
+
+
+@pytest.mark.parametrize("refused", ["-xadd", "-hset", "-hdel", "-set", "-evalsha"])
+async def test_a_user_who_may_not_do_all_of_a_change_does_nothing_of_it(
+    own_valkey: Valkey, prefix: str, refused: str
+) -> None:
+    admin: Any = Redis.from_url(own_valkey.url)
+    await admin.execute_command("ACL", "SETUSER", "carol", "on", ">sesame", "~*", "+@all", refused)
+    store = RedisStore(own_valkey.url, prefix=prefix)
+    carol = RedisStore(f"redis://carol:sesame@127.0.0.1:{own_valkey.port}", prefix=prefix)
+    try:
+        await Writer(store).init()
+        await Writer(store).set((Q1, Instance("q1")))
+        before = await store.load()
+        change = await Writer(carol).change(
+            Write(Q1, '{"state":"active","weight":1}', None), Write(ACME, None, Tenant("acme", "q1"))
+        )
+        with pytest.raises(StoreRefusedError, match="permission"):
+            await carol.apply(change)
+        assert await store.load() == before
+    finally:
+        for each in (carol, store):
+            await each.close()
+        await admin.aclose()
+
+
+async def test_a_full_server_refuses_a_write_in_its_own_words_and_keeps_answering(
+    own_valkey: Valkey, prefix: str
+) -> None:
+    store = RedisStore(own_valkey.url, prefix=prefix)
+    admin: Any = Redis.from_url(own_valkey.url)
+    try:
+        await Writer(store).init()
+        await Writer(store).set((Q1, Instance("q1")))
+        await admin.config_set("maxmemory", "1")
+        with pytest.raises(StoreRefusedError, match="maxmemory"):
+            await Writer(store).set((ACME, Tenant("acme", "q1")), (Q1, None))
+        assert by_key(await store.load()) == {Q1: Instance("q1")}
+    finally:
+        await store.close()
+        await admin.aclose()
+
+
+async def test_a_wrong_password_is_refused_and_not_repeated_in_the_message(own_valkey: Valkey, prefix: str) -> None:
+    store = RedisStore(f"redis://carol:open%2Fsesame@127.0.0.1:{own_valkey.port}/0", prefix=prefix)
+    try:
+        with pytest.raises(StoreRefusedError) as caught:
+            await store.position()
+        assert "sesame" not in str(caught.value)
+        own_valkey.stop()
+        with pytest.raises(StoreUnavailableError) as unreachable:
+            await store.position()
+        assert "sesame" not in str(unreachable.value)
+    finally:
+        await store.close()
+
+
+async def test_a_server_that_hangs_is_given_up(
+    own_valkey: Valkey, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RedisStore(f"{own_valkey.url}?socket_timeout=0.2", prefix=prefix)
+    try:
+        start = (await Writer(store).init()).position
+        assert await store.events_after(start, wait_seconds=5) == []  # the wait ends before the time-out does
+        own_valkey.pause()
+        async with asyncio.timeout(3):
+            with pytest.raises(StoreUnavailableError):
+                await store.events_after(start, wait_seconds=5)
+        own_valkey.resume()
+        assert await store.events_after(start, wait_seconds=0) == []
+    finally:
+        await store.close()
+
+
+async def test_the_stream_is_trimmed_to_about_the_configured_length(valkey: Valkey, prefix: str, client: Any) -> None:
+    store = RedisStore(valkey.url, prefix=prefix, max_events=100)
+    try:
+        start = (await Writer(store).init()).position
+        for weight in range(1, 301):
+            await Writer(store).set((Q1, Instance("q1", weight % 100 + 1)))
+        assert 100 <= await client.xlen(f"{{{prefix}}}:changes") < 300
+        with pytest.raises(PositionLostError):
+            await store.events_after(start, wait_seconds=0)
+        await store.load()
+    finally:
+        await store.close()
+
+
+async def test_two_policies_share_a_server(valkey: Valkey, prefix: str, store: RedisStore) -> None:
+    await Writer(store).init()
+    other = RedisStore(valkey.url, prefix=f"{prefix}-2")
+    try:
+        with pytest.raises(NotInitialisedError):
+            await other.load()
+    finally:
+        await other.close()
+
+
+async def test_results_of_changes_do_not_stay_for_ever(store: RedisStore, client: Any, prefix: str) -> None:
+    change_id = (await Writer(store).init()).position.change_id
+    applied_id = (await Writer(store).set((Q1, Instance("q1")))).position.change_id
+    for each in (change_id, applied_id):
+        assert 86_000 < await client.ttl(f"{{{prefix}}}:change:{each}") <= 86_400

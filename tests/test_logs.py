@@ -1,0 +1,91 @@
+"""Log lines: the same for our own and for other libraries' loggers."""
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+from typing import Literal
+
+import pytest
+import structlog
+
+from authz_server.logs import set_up_logging
+
+
+class Terminal(io.StringIO):
+    """A standard error that says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.getLogger("uvicorn").setLevel(logging.NOTSET)
+    structlog.reset_defaults()
+
+
+@pytest.mark.parametrize(
+    "logger", [structlog.get_logger("ours"), logging.getLogger("ours")], ids=["structlog", "standard"]
+)
+def test_json_lines(capsys: pytest.CaptureFixture[str], logger: logging.Logger) -> None:
+    set_up_logging("info", "auto")
+    logger.warning("gone: é")
+    (line,) = capsys.readouterr().err.splitlines()
+    parsed = json.loads(line)
+    assert parsed.pop("timestamp").endswith("Z"), "UTC"
+    assert parsed == {"event": "gone: é", "level": "warning", "logger": "ours"}
+
+
+def test_fields_and_traces_are_in_the_same_line(capsys: pytest.CaptureFixture[str]) -> None:
+    set_up_logging("info", "json")
+    structlog.get_logger("ours").error("broken", revision=7, exc_info=RuntimeError("boom"))
+    (line,) = capsys.readouterr().err.splitlines()
+    parsed = json.loads(line)
+    assert parsed["revision"] == 7
+    assert "RuntimeError: boom" in parsed["exception"]
+
+
+def test_a_line_cannot_be_forged_by_what_is_logged(capsys: pytest.CaptureFixture[str]) -> None:
+    set_up_logging("info", "json")
+    structlog.get_logger("ours").info("change", reason='x"}\n{"event": "forged"}')
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("level", "expected"), [("debug", 4), ("info", 3), ("warning", 2), ("error", 1)])
+def test_levels(capsys: pytest.CaptureFixture[str], level: str, expected: int) -> None:
+    set_up_logging(level, "json")
+    logger = structlog.get_logger("ours")
+    for name in ("debug", "info", "warning", "error"):
+        getattr(logger, name)("said")
+    assert len(capsys.readouterr().err.splitlines()) == expected
+
+
+@pytest.mark.parametrize(
+    ("log_format", "terminal", "json_expected"),
+    [
+        ("auto", False, True),
+        ("auto", True, False),
+        ("json", True, True),
+        ("console", False, False),
+    ],
+)
+def test_formats(
+    monkeypatch: pytest.MonkeyPatch,
+    log_format: Literal["auto", "json", "console"],
+    terminal: bool,
+    json_expected: bool,
+) -> None:
+    stream = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr("sys.stderr", stream)
+    set_up_logging("info", log_format)
+    structlog.get_logger("ours").info("serving", grpc="127.0.0.1:9000")
+    text = stream.getvalue()
+    assert text.startswith("{") is json_expected
+    assert ("\x1b[" in text) is (terminal and not json_expected), "colours only for people at a terminal"
+    assert "127.0.0.1:9000" in text

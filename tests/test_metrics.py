@@ -1,0 +1,82 @@
+"""What Prometheus sees: Envoy's words, and no label that grows with traffic."""
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from authz_server.metrics import Metrics, StateCollector
+from authz_server.policy.access import Enforcement, ScopeOutcome
+from authz_server.policy.addresses import parse_address
+from authz_server.policy.decision import Allowed, Denied
+from authz_server.policy.reasons import Reason
+from authz_server.policy.records import RecordKey, RecordKind, Unreadable
+from authz_server.policy.snapshot import DecisionOptions, Snapshot, build_snapshot
+
+ADDRESS = parse_address("203.0.113.7")
+ALLOWING = (Reason.ALLOWED, Reason.ALLOWLISTED)
+
+
+@pytest.mark.parametrize("reason", Reason)
+def test_checks_are_counted_by_outcome_and_reason(reason: Reason) -> None:
+    metrics = Metrics()
+    decision = Allowed(reason, ADDRESS) if reason in ALLOWING else Denied(reason)
+    labels = {"outcome": "ok" if reason in ALLOWING else "denied", "reason": reason.value}
+    assert metrics.registry.get_sample_value("authz_checks_total", labels) == 0, "there before its first event"
+    metrics.observe(decision, 0.0001)
+    metrics.observe(decision, 0.0002)
+    assert metrics.registry.get_sample_value("authz_checks_total", labels) == 2
+    assert metrics.registry.get_sample_value("authz_check_seconds_count") == 2
+    assert metrics.registry.get_sample_value("authz_check_seconds_sum") == pytest.approx(0.0003)
+
+
+def test_what_shadow_scopes_would_have_denied_is_counted_by_kind_of_scope() -> None:
+    metrics = Metrics()
+    scopes = (
+        ScopeOutcome("global", Enforcement.ENFORCE, Reason.BLOCKED),
+        ScopeOutcome("tenant:acme", Enforcement.SHADOW, Reason.BLOCKED),
+        ScopeOutcome("resource:docs", Enforcement.SHADOW, Reason.NOT_ALLOWLISTED),
+        ScopeOutcome("resource:site", Enforcement.SHADOW, Reason.ALLOWLISTED),
+    )
+    metrics.observe(Denied(Reason.BLOCKED, ADDRESS, scopes=scopes), 0.0001)
+    for kind, expected in {"global": 0, "tenant": 1, "resource": 1}.items():
+        assert metrics.registry.get_sample_value("authz_shadow_denials_total", {"scope_kind": kind}) == expected
+
+
+def test_unavailable_is_counted() -> None:
+    metrics = Metrics()
+    metrics.count_unavailable()
+    assert metrics.registry.get_sample_value("authz_unavailable_total") == 1
+
+
+def collect(snapshot: Snapshot | None, age_seconds: float | None, *, connected: bool, ready: bool) -> CollectorRegistry:
+    registry = CollectorRegistry()
+    registry.register(
+        StateCollector(
+            current=lambda: snapshot,
+            age_seconds=lambda: age_seconds,
+            connected=lambda: connected,
+            ready=lambda: ready,
+        )
+    )
+    return registry
+
+
+def test_without_a_snapshot_there_are_no_figures_of_one() -> None:
+    registry = collect(None, None, connected=False, ready=False)
+    assert registry.get_sample_value("authz_ready") == 0
+    assert registry.get_sample_value("authz_redis_connected") == 0
+    assert registry.get_sample_value("authz_snapshot_age_seconds") is None
+    assert registry.get_sample_value("authz_snapshot_revision") is None
+
+
+def test_figures_of_a_snapshot() -> None:
+    unreadable = (RecordKey(RecordKind.ENTRY, "10.0.0.0/8", "tenant:acme/block"), Unreadable("not JSON"))
+    snapshot = build_snapshot([unreadable], epoch="e", revision=42, options=DecisionOptions())
+    registry = collect(snapshot, 1.5, connected=True, ready=True)
+    assert registry.get_sample_value("authz_ready") == 1
+    assert registry.get_sample_value("authz_redis_connected") == 1
+    assert registry.get_sample_value("authz_snapshot_age_seconds") == 1.5
+    assert registry.get_sample_value("authz_snapshot_revision") == 42
+    assert registry.get_sample_value("authz_snapshot_unreadable_records") == 1
+    assert registry.get_sample_value("authz_snapshot_degraded_scopes") == 1
+    kinds = ("lists", "entries", "scopes", "resources", "tenants", "instances")
+    assert [registry.get_sample_value("authz_snapshot_records", {"kind": kind}) for kind in kinds] == [0] * 6
