@@ -1,0 +1,171 @@
+"""Carries out wishes: reads what each must know, plans, has dangers confirmed, applies. No I/O but the store's."""
+
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from authz_server.cli.changes import (
+    Effect,
+    Known,
+    MissingEntriesError,
+    Plan,
+    Step,
+    Wish,
+    closing_concerns,
+    missing_hints,
+)
+from authz_server.cli.failures import BadInputError, ChangedMeanwhileError, UnknownOutcomeError
+from authz_server.policy.snapshot import DecisionOptions, Snapshot, build_snapshot
+from authz_server.store.interface import (
+    Change,
+    ConflictError,
+    EpochChangedError,
+    Event,
+    EventRecord,
+    NotInitialisedError,
+    Store,
+    StoreUnavailableError,
+    WriteResult,
+)
+
+HISTORY_SEARCHED = 1000
+"""How many of the newest changes are searched for a change id that is sent again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Who wants a change and why."""
+
+    actor: str
+    reason: str
+    change_id: str
+    resent: bool
+    """Whether the change id was given, so that the change may have been applied before."""
+    now: float
+    """Seconds since the Unix epoch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What became of a wish."""
+
+    action: str
+    order: Order
+    epoch: str
+    revision: int
+    """Of the change; where nothing was to be done, of the policy that was read."""
+    steps: tuple[Step, ...]
+    changed: bool
+    """Whether the policy differs from before, because of this change id."""
+    repeated: bool = False
+    """Whether this change id had been applied before, so that nothing was written now."""
+    notes: tuple[str, ...] = ()
+
+
+async def initialise(store: Store, order: Order) -> Done:
+    """Create an empty policy (AlreadyInitialisedError: there is one)."""
+    with suppress(NotInitialisedError):
+        await store.position()  # a store that cannot be reached at all leaves nothing in doubt
+    try:
+        result = await store.init(actor=order.actor, reason=order.reason, change_id=order.change_id)
+    except StoreUnavailableError as error:
+        raise UnknownOutcomeError(order.change_id, str(error)) from error
+    return _done("init", order, result, Plan((), ()))
+
+
+async def carry_out(
+    store: Store,
+    order: Order,
+    prepare: Callable[[Store], Awaitable[Wish]],
+    confirm: Callable[[tuple[str, ...]], None],
+) -> Done:
+    """Do what a wish asks for, in one change, or nothing.
+
+    Args:
+        store: where the policy is.
+        order: who and why.
+        prepare: makes the wish; it may look into the store for it.
+        confirm: called with the dangers of the plan, if there are any; raises when nobody accepts them.
+
+    Raises:
+        AuthzctlError: it was not done; the kinds are in `failures`.
+        StoreError: the store could not be read.
+    """
+    position = await store.position()
+    wish = await prepare(store)
+    keys = tuple(dict.fromkeys(wish.keys()))
+    if order.resent and (event := await _applied_before(store, order.change_id)):
+        if event.action != wish.action or not {record.key for record in event.records} <= set(keys):
+            raise BadInputError(
+                [f"the change id {order.change_id!r} belongs to another change: {event.action} by {event.actor}"]
+            )
+        return _repeated(order, event)
+
+    known = Known({key: await store.read(key) for key in keys})
+    try:
+        plan = wish.plan(known, order.now)
+    except MissingEntriesError as error:
+        tables = (await load_snapshot(store, DecisionOptions())).tables
+        hints = missing_hints(error.list_name, error.missing, tables, order.now)
+        raise MissingEntriesError(error.list_name, error.missing, hints) from error
+    if plan.closes:
+        tables = (await load_snapshot(store, DecisionOptions())).tables
+        plan = closing_concerns(plan, tables, order.now)
+    if not plan.writes:
+        return Done(wish.action, order, position.epoch, position.revision, plan.steps, changed=False, notes=plan.notes)
+    if plan.concerns:
+        confirm(plan.concerns)
+    change = Change(order.change_id, position.epoch, order.actor, order.reason, wish.action, plan.writes, plan.checks)
+    try:
+        result = await store.apply(change)
+    except StoreUnavailableError as error:
+        raise UnknownOutcomeError(order.change_id, str(error)) from error
+    except ConflictError as error:
+        raise ChangedMeanwhileError(
+            [f"{error.key} was changed by somebody else at this moment: look at it, and ask again if it is still right"]
+        ) from error
+    except EpochChangedError as error:
+        raise ChangedMeanwhileError([f"the policy as a whole was replaced at this moment: {error}"]) from error
+    return _done(wish.action, order, result, plan)
+
+
+async def load_snapshot(store: Store, options: DecisionOptions) -> Snapshot:
+    """Load the policy as the server would at its start."""
+    policy = await store.load()
+    return build_snapshot(
+        policy.records, epoch=policy.position.epoch, revision=policy.position.revision, options=options
+    )
+
+
+async def _applied_before(store: Store, change_id: str) -> Event | None:
+    """Return the change with this id, if it is among the newest.
+
+    Planning it again would find its own outcome ("is there already"). The store itself also refuses to apply an id
+    twice; this is for a truthful answer.
+    """
+    events = await store.history(count=HISTORY_SEARCHED)
+    return next((event for event in events if event.position.change_id == change_id), None)
+
+
+def _done(action: str, order: Order, result: WriteResult, plan: Plan) -> Done:
+    return Done(
+        action,
+        order,
+        result.position.epoch,
+        result.position.revision,
+        plan.steps,
+        changed=True,
+        repeated=result.repeated,
+        notes=plan.notes,
+    )
+
+
+def _repeated(order: Order, event: Event) -> Done:
+    steps = tuple(Step(record.key, _effect(record), record.record) for record in event.records)
+    return Done(event.action, order, event.position.epoch, event.position.revision, steps, changed=True, repeated=True)
+
+
+def _effect(record: EventRecord) -> Effect:
+    if record.new is None:
+        return Effect.REMOVED
+    return Effect.REPLACED if record.previous is not None else Effect.ADDED

@@ -1,0 +1,80 @@
+"""What can go wrong for an administrator, and the exit code of each."""
+
+from collections.abc import Iterable
+
+EXIT_CODES = (
+    "Exit codes: 0 done (or it was so already); 1 refused, in conflict or not found: nothing was changed; "
+    "2 bad usage or input; 3 the store is unavailable or not initialised."
+)
+
+
+class AuthzctlError(Exception):
+    """A command did not do what was asked; every problem is told at once."""
+
+    exit_code = 1
+    kind = "refused"
+    """A stable word for scripts (`-o json`)."""
+
+    def __init__(self, problems: Iterable[str], hints: Iterable[str] = ()) -> None:
+        self.problems = tuple(problems)
+        self.hints = tuple(hints)
+        """What may have been meant."""
+        super().__init__("; ".join(self.problems))
+
+
+class RefusedError(AuthzctlError):
+    """What was asked for does not fit the policy; nothing was changed."""
+
+
+class NotFoundError(AuthzctlError):
+    """What was named is not there; nothing was changed."""
+
+    kind = "not_found"
+
+
+class ConfirmationNeededError(AuthzctlError):
+    """The wish is dangerous and nobody confirmed it; nothing was changed."""
+
+    kind = "confirmation_needed"
+
+
+class ChangedMeanwhileError(AuthzctlError):
+    """Somebody else changed what the change relies on; nothing was changed."""
+
+    kind = "conflict"
+
+
+class BadInputError(AuthzctlError):
+    """The input cannot be read; nothing was sent."""
+
+    exit_code = 2
+    kind = "bad_input"
+
+
+class NoStoreError(AuthzctlError):
+    """The store does not answer, or does not hold a policy that can be used."""
+
+    exit_code = 3
+    kind = "store_unavailable"
+
+
+class StoreNotUsableError(NoStoreError):
+    """The store answers, and refuses or holds what cannot be used; nothing was changed."""
+
+    kind = "store_not_usable"
+
+
+class NoPolicyError(NoStoreError):
+    """The store answers and holds no policy."""
+
+    kind = "not_initialised"
+
+
+class UnknownOutcomeError(NoStoreError):
+    """The store broke off during a write: it may or may not have been applied."""
+
+    kind = "outcome_unknown"
+
+    def __init__(self, change_id: str, why: str) -> None:
+        super().__init__([f"the store broke off, and it is not known whether the change was applied: {why}"])
+        self.change_id = change_id

@@ -1,0 +1,361 @@
+"""What `authzctl` prints: tables and sentences for people, JSON with stable keys for scripts."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from enum import StrEnum
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from authz_server.cli.administration import Done
+from authz_server.cli.changes import Effect, Step
+from authz_server.cli.explanation import Explanation
+from authz_server.cli.failures import AuthzctlError
+from authz_server.cli.times import show_expiry, show_moment
+from authz_server.policy.access import Enforcement, Entry, NamedList, Resource, Scope, ScopeOutcome
+from authz_server.policy.affinity import Instance, Tenant
+from authz_server.policy.decision import Allowed
+from authz_server.policy.records import Record, RecordKey, RecordKind, Unreadable
+
+Json = str | int | float | bool | None | Sequence["Json"] | Mapping[str, "Json"]
+
+_UNWRAPPED_WIDTH = 10_000
+"""Columns where nobody looks: output that goes to a file or a pipe is not to be cut."""
+
+_WORD_KEPT = 24
+"""Columns of a word that a narrow terminal does not break: a time fits."""
+
+_STYLES = {
+    Effect.ADDED: "green",
+    Effect.REPLACED: "yellow",
+    Effect.REMOVED: "red",
+    Effect.UNCHANGED: "dim",
+}
+
+
+class OutputFormat(StrEnum):
+    """How to print."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+def print_json(value: Json) -> None:
+    """Print one JSON document to standard output."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, empty: str, wrapped: Sequence[str] = ()
+) -> None:
+    """Print rows for people, or the sentence `empty` when there are none; only `wrapped` columns wrap willingly."""
+    console = _console()
+    if not rows:
+        console.print(plain(empty))
+        return
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for index, column in enumerate(columns):
+        longest_word = max(len(word) for row in rows for word in (row[index] or column).split())
+        table.add_column(
+            column,
+            overflow="fold",
+            no_wrap=column not in wrapped,
+            min_width=min(longest_word, _WORD_KEPT) if column in wrapped else None,
+        )
+    for row in rows:
+        table.add_row(*(plain(cell) for cell in row))
+    console.print(table)
+
+
+def print_done(done: Done, output: OutputFormat) -> None:
+    """Print what became of a wish."""
+    if output is OutputFormat.JSON:
+        print_json(done_json(done))
+        return
+    console = _console()
+    width = max((len(step.effect) for step in done.steps), default=0)
+    for step in done.steps:
+        line = Text.assemble((f"{step.effect:<{width}}", _STYLES[step.effect]), "  ", plain(_step_text(step, done)))
+        console.print(line)
+    for note in done.notes:
+        console.print(Text.assemble(("note: ", "yellow"), plain(note)))
+    if not done.changed:
+        console.print(plain(f"Nothing to do for {done.action}: it is so already (revision {done.revision})."))
+    elif done.repeated:
+        console.print(plain(f"{done.action} was applied before, as revision {done.revision}; nothing was written now."))
+    else:
+        console.print(plain(f"Done: {done.action} is revision {done.revision}, change id {done.order.change_id}."))
+
+
+def done_json(done: Done) -> dict[str, Json]:
+    """Return what became of a wish, for scripts."""
+    return {
+        "action": done.action,
+        "changed": done.changed,
+        "repeated": done.repeated,
+        "epoch": done.epoch,
+        "revision": done.revision,
+        "change_id": done.order.change_id if done.changed else None,
+        "actor": done.order.actor,
+        "reason": done.order.reason,
+        "records": [
+            {
+                **key_json(step.key),
+                "effect": step.effect,
+                "value": record_json(step.record),
+                "previous": record_json(step.previous),
+            }
+            for step in done.steps
+        ],
+        "notes": list(done.notes),
+    }
+
+
+def print_failure(failure: AuthzctlError, output: OutputFormat, *, repeat: str | None = None) -> None:
+    """Print what went wrong to standard error; `repeat` is the command that finds out whether a write was applied."""
+    if output is OutputFormat.JSON:
+        told: dict[str, Json] = {"error": failure.kind, "problems": list(failure.problems)}
+        told |= {"hints": list(failure.hints), "repeat": repeat}
+        typer.echo(json.dumps(told, indent=2, ensure_ascii=False), err=True)
+        return
+    console = _console(stderr=True)
+    for problem in failure.problems:
+        console.print(Text.assemble(("error: ", "bold red"), plain(problem)))
+    for hint in failure.hints:
+        console.print(Text.assemble(("hint: ", "yellow"), plain(hint)))
+    if repeat:
+        console.print(plain("Once the store answers, this command applies it, unless it was applied already:"))
+        console.print(plain(f"  {repeat}"), soft_wrap=True)
+
+
+def print_concerns(concerns: Iterable[str]) -> None:
+    """Print to standard error what somebody must confirm."""
+    console = _console(stderr=True)
+    for concern in concerns:
+        console.print(Text.assemble(("careful: ", "bold yellow"), plain(concern)))
+
+
+def print_explanation(explanation: Explanation, output: OutputFormat) -> None:
+    """Print a decision and what it came from."""
+    if output is OutputFormat.JSON:
+        print_json(explanation_json(explanation))
+        return
+    console = _console()
+    decision = explanation.decision
+    allowed = isinstance(decision, Allowed)
+    console.print(
+        Text.assemble(("ALLOWED", "bold green") if allowed else ("DENIED", "bold red"), "  ", (decision.reason, "bold"))
+    )
+    attributes = explanation.attributes
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="dim")
+    facts.add_column(overflow="fold")
+    host = f" on {attributes.host}" if attributes.host else ""
+    for name, value in (
+        ("client address", str(decision.client_address or f"none that can be read ({attributes.external_address})")),
+        ("request", f"{attributes.method} {attributes.path}{host}"),
+        ("tenant", _tenant_text(explanation)),
+        ("instance", _instance_text(explanation)),
+        ("policy", f"revision {explanation.snapshot.revision} of epoch {explanation.snapshot.epoch}"),
+        ("at", show_moment(explanation.at)),
+    ):
+        facts.add_row(name, plain(value))
+    console.print(facts)
+    console.print(Text("scopes that apply" if decision.scopes else "no scope was asked", "dim"))
+    for outcome in decision.scopes:
+        for line in _scope_lines(outcome, explanation):
+            console.print(line)
+    for note in explanation.notes:
+        console.print(Text.assemble(("note: ", "yellow"), plain(note)))
+
+
+def explanation_json(explanation: Explanation) -> dict[str, Json]:
+    """Return a decision and what it came from, for scripts."""
+    decision = explanation.decision
+    attributes = explanation.attributes
+    tenant = explanation.registered
+    return {
+        "decision": "allowed" if isinstance(decision, Allowed) else "denied",
+        "reason": decision.reason,
+        "client_address": str(decision.client_address) if decision.client_address else None,
+        "request": {
+            "method": attributes.method,
+            "host": attributes.host,
+            "path": attributes.path,
+            "external_address": attributes.external_address,
+            "peer_address": attributes.peer_address,
+            "headers": dict(attributes.headers),
+        },
+        "tenant": decision.tenant,
+        "tenant_registered": tenant is not None,
+        "tenant_pinned_to": tenant.instance if tenant else None,
+        "tenant_held": tenant.held if tenant else False,
+        "instance": decision.instance if isinstance(decision, Allowed) else None,
+        "affinity": decision.affinity if isinstance(decision, Allowed) else None,
+        "scopes": [
+            {
+                "scope": outcome.scope,
+                "mode": _mode(outcome, explanation),
+                "enforcement": outcome.enforcement,
+                "reason": outcome.reason,
+                "deciding": outcome is decision.deciding,
+                "list": outcome.match.list_name if outcome.match else None,
+                "entry": record_json(outcome.match.entry) if outcome.match else None,
+            }
+            for outcome in decision.scopes
+        ],
+        "epoch": explanation.snapshot.epoch,
+        "revision": explanation.snapshot.revision,
+        "at": show_moment(explanation.at),
+        "notes": list(explanation.notes),
+    }
+
+
+def key_json(key: RecordKey) -> dict[str, Json]:
+    """Return what names a record."""
+    return {"kind": key.kind, "name": key.name, "list": key.list_name or None}
+
+
+def record_json(record: Record | Unreadable | None) -> dict[str, Json] | None:
+    """Return a record with times as text; an unreadable one has the key `unreadable`."""
+    match record:
+        case None:
+            return None
+        case Unreadable(problem=problem):
+            return {"unreadable": problem}
+        case Entry():
+            return {
+                "network": str(record.network),
+                "reason": record.reason,
+                "author": record.author,
+                "owner": record.owner,
+                "created_at": show_moment(record.created_at),
+                "expires_at": None if record.expires_at is None else show_moment(record.expires_at),
+            }
+        case NamedList():
+            return {"name": record.name, "description": record.description, "owner": record.owner}
+        case Scope():
+            return {
+                "name": record.name,
+                "mode": record.mode,
+                "enforcement": record.enforcement,
+                "allow_lists": list(record.allow_lists),
+                "block_lists": list(record.block_lists),
+            }
+        case Resource():
+            return {
+                "name": record.name,
+                "paths": [pattern.text for pattern in record.paths],
+                "hosts": list(record.hosts),
+            }
+        case Tenant():
+            return {"id": record.id, "instance": record.instance, "held": record.held}
+        case Instance():
+            return {"name": record.name, "weight": record.weight, "state": record.state}
+
+
+def plain(text: str) -> Text:
+    """Return text without markup, in which a control character that somebody stored cannot act on the terminal."""
+    return Text("".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text))
+
+
+def _console(*, stderr: bool = False) -> Console:
+    console = Console(stderr=stderr, highlight=False, emoji=False)
+    if not console.is_terminal:
+        console.width = _UNWRAPPED_WIDTH
+    return console
+
+
+def _step_text(step: Step, done: Done) -> str:
+    where = f" in {step.key.list_name}" if step.key.list_name else ""
+    kind = "" if step.key.kind is RecordKind.ENTRY else f"{step.key.kind} "
+    what = f"{kind}{step.key.name}{where}"
+    match step.record:
+        case Entry() as entry:
+            told = f"{what}, expires {show_expiry(entry.expires_at, done.order.now)}"
+            if step.effect is Effect.UNCHANGED:
+                told += f"; put there by {entry.author} at {show_moment(entry.created_at)}: {entry.reason}"
+            return told
+        case Tenant() as tenant:
+            return f"{what}, pinned to {tenant.instance}{_was(step)}"
+        case Instance() as instance:
+            return f"{what}, weight {instance.weight}, {instance.state}"
+        case Resource() as resource:
+            paths = ", ".join(pattern.text for pattern in resource.paths)
+            return f"{what}, paths {paths} on {', '.join(resource.hosts) or 'any host'}"
+        case Scope() as scope:
+            lists = "".join(
+                f", {side} lists {', '.join(names)}"
+                for side, names in (("allow", scope.allow_lists), ("block", scope.block_lists))
+                if names
+            )
+            return f"{what}, {scope.mode}, {scope.enforcement}{lists}{_was(step)}"
+        case _:
+            return what
+
+
+def _was(step: Step) -> str:
+    if step.effect is not Effect.REPLACED:
+        return ""
+    match step.previous:
+        case Tenant(instance=instance):
+            return f" (was {instance or 'not readable'})"
+        case Scope(mode=mode, enforcement=enforcement):
+            return f" (was {mode}, {enforcement})"
+        case _:
+            return ""
+
+
+def _tenant_text(explanation: Explanation) -> str:
+    decision = explanation.decision
+    if decision.tenant is None:
+        return "none"
+    tenant = explanation.registered
+    if tenant is None:
+        return f"{decision.tenant} (not registered)"
+    held = ", held" if tenant.held else ""
+    return f"{decision.tenant} (pinned to {tenant.instance or 'an instance that cannot be read'}{held})"
+
+
+def _instance_text(explanation: Explanation) -> str:
+    decision = explanation.decision
+    if isinstance(decision, Allowed) and decision.instance:
+        return f"{decision.instance} ({decision.affinity})"
+    return "none: the default route takes it" if isinstance(decision, Allowed) else "none: it is denied"
+
+
+def _mode(outcome: ScopeOutcome, explanation: Explanation) -> str:
+    return explanation.snapshot.scopes.get(outcome.scope, Scope(outcome.scope)).mode
+
+
+def _scope_lines(outcome: ScopeOutcome, explanation: Explanation) -> Iterable[Text | Padding]:
+    decision = explanation.decision
+    shadow = outcome.enforcement is Enforcement.SHADOW
+    style = "yellow" if shadow else "red" if outcome.denies else "green"
+    tail = "  <- decides" if outcome is decision.deciding else ""
+    if shadow:
+        tail = "  (recorded, not enforced)"
+    yield Text.assemble(
+        "  ",
+        plain(outcome.scope),
+        f" ({_mode(outcome, explanation)}, {outcome.enforcement}): ",
+        (outcome.reason, style),
+        tail,
+    )
+    if outcome.match is None:
+        yield Text("    no entry of its lists holds the address", "dim")
+        return
+    entry = outcome.match.entry
+    owner = f", owner {entry.owner}" if entry.owner else ""
+    yield Padding(
+        plain(
+            f"{entry.network} in {outcome.match.list_name}: {entry.reason} (by {entry.author} at "
+            f"{show_moment(entry.created_at)}{owner}, expires {show_expiry(entry.expires_at, explanation.at)})"
+        ),
+        (0, 0, 0, 4),
+        expand=False,
+    )
