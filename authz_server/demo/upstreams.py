@@ -80,7 +80,10 @@ class Upstreams:
         sockets: list[socket.socket] = []
         addresses: dict[str, tuple[str, int]] = {}
         for name in self._names:
-            listener = socket.create_server((_HOST, 0))
+            # The protocol is named because asyncio turns Nagle's algorithm off only for sockets that name it; with it,
+            # the head and the body of an answer would be 40 ms apart.
+            listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+            listener.bind((_HOST, 0))
             sockets.append(listener)
             addresses[name] = (_HOST, listener.getsockname()[1])
             self._servers.append(uvicorn.Server(self._config(name)))
