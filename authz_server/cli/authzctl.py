@@ -874,3 +874,7 @@ def _print_lists(snapshot: Snapshot, output: OutputFormat) -> None:
 
 def _standing(snapshot: Snapshot) -> dict[str, Json]:
     return {"epoch": snapshot.epoch, "revision": snapshot.revision}
+
+
+if __name__ == "__main__":
+    app()
