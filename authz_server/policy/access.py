@@ -119,9 +119,8 @@ class Resource:
 
 def normalize_host(host: str) -> str:
     """Return a Host header in lower case, without port and without the dot of the root zone."""
-    if not host.startswith("["):
-        host = host.partition(":")[0]
-    return host.lower().rstrip(".")
+    name = "".join(host.partition("]")[:2]) if host.startswith("[") else host.partition(":")[0]
+    return name.lower().rstrip(".")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,15 @@
 """Every reading of a path that a backend might take.
 
 Between Envoy and the code that serves a path stand servers and frameworks that disagree on what it says: they
-decode escapes once or twice, treat backslash as slash, merge slashes, resolve dot segments, drop `;parameters`.
+decode escapes once or twice, treat backslash as slash, merge slashes, resolve dot segments, drop `;parameters`, take
+`//name/` for a host.
 A resource applies when ANY of these readings matches, so no spelling slips past it. More readings can only make
 more resources apply, and a resource can only deny what would otherwise be allowed; it never opens anything.
 """
 
 import re
 from dataclasses import dataclass
+from itertools import dropwhile
 from urllib.parse import unquote
 
 Segments = tuple[str, ...]
@@ -16,10 +18,11 @@ Segments = tuple[str, ...]
 MAX_PATH_LENGTH = 8192
 """Characters of a path without its query; longer ones are refused, as common backends do by default."""
 
-_ODD = re.compile(r"[%\\;#]|//|/\.")
+_ODD = re.compile(r"[%\\;#\0]|//|/\.")
 """What a path must contain for two backends to read it differently (letter case apart)."""
 _ENCODED_SLASH = re.compile(r"%2f", re.IGNORECASE)
-_QUERY_OR_FRAGMENT = re.compile(r"[?#]")
+_END = re.compile(r"[?#\0]")
+"""Where a backend that has decoded may take the path to end: at a query, a fragment, or the end of a C string."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,7 @@ def parse_path_pattern(text: str) -> PathPattern:
 
 def fold_case(pattern: PathPattern) -> PathPattern:
     """Return the pattern for comparison with readings whose case is folded."""
-    return PathPattern(pattern.text, tuple(segment.casefold() for segment in pattern.segments))
+    return PathPattern(pattern.text, tuple(_folded(segment) for segment in pattern.segments))
 
 
 def path_without_query(path: str) -> str:
@@ -77,12 +80,15 @@ def read_path(path: str) -> frozenset[Segments]:
     """
     if _ODD.search(path) is None:
         return frozenset((tuple(path[1:].split("/")),))
-    texts = {path}
+    # One character for each byte: an escape stands for a byte, and a letter's bytes may be decoded at different hops.
+    texts = {path.encode("utf-8", "surrogatepass").decode("latin-1")}
     for _ in range(2):
         texts |= {decoded for text in texts if "%" in text for decoded in _decoded(text)}
+    texts = {text.encode("latin-1").decode("utf-8", "surrogateescape") for text in texts}
     texts |= {text.replace("\\", "/") for text in texts}
-    texts |= {_QUERY_OR_FRAGMENT.split(text, maxsplit=1)[0] for text in texts}
+    texts |= {_END.split(text, maxsplit=1)[0] for text in texts}
     readings = {tuple(text[1:].split("/")) for text in texts}
+    readings |= {_without_host(reading) for reading in readings}
     readings |= {tuple(segment.partition(";")[0] for segment in reading) for reading in readings}
     readings |= {_merged(reading) for reading in readings}
     readings |= {_resolved(reading) for reading in readings}
@@ -92,13 +98,31 @@ def read_path(path: str) -> frozenset[Segments]:
 
 def fold_readings(readings: frozenset[Segments]) -> frozenset[Segments]:
     """Return the readings as a backend that ignores letter case takes them."""
-    return frozenset(tuple(segment.casefold() for segment in reading) for reading in readings)
+    return frozenset(tuple(_folded(segment) for segment in reading) for reading in readings)
+
+
+def _folded(text: str) -> str:
+    """Return the text without letter case, where any backend may ignore it.
+
+    Backends compare lower case, upper case or both, so that some take the Turkish dotted capital and dotless small
+    letter for a plain `i` (Java does); casefold alone does not.
+    """
+    if text.isascii():
+        return text.lower()
+    return text.upper().casefold().replace("\u0307", "")
 
 
 def _decoded(text: str) -> tuple[str, str]:
     """Decode the escapes once: everything, and everything but the encoded slashes."""
     slashes_kept = _ENCODED_SLASH.sub("%252F", text)
-    return unquote(text, errors="surrogateescape"), unquote(slashes_kept, errors="surrogateescape")
+    return unquote(text, encoding="latin-1"), unquote(slashes_kept, encoding="latin-1")
+
+
+def _without_host(reading: Segments) -> Segments:
+    """Return what a URL parser makes of a path that begins with two slashes: it takes the first name for a host."""
+    if len(reading) < 2 or reading[0]:
+        return reading
+    return tuple(dropwhile(lambda segment: not segment, reading))[1:]
 
 
 def _merged(reading: Segments) -> Segments:

@@ -42,7 +42,7 @@ def networks(draw: st.DrawFn) -> Network:
 
 entries = st.builds(Entry, networks(), texts, texts, seconds, texts, st.none() | seconds)
 list_of_names = st.lists(identifiers, max_size=3).map(tuple)
-segments = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/%\\;#?*."), min_size=1, max_size=8)
+segments = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/%\\;#?*.\0"), min_size=1, max_size=8)
 patterns = st.lists(segments | st.just("*"), max_size=4).map(lambda parts: parse_path_pattern("/" + "/".join(parts)))
 hosts = st.from_regex(r"(\*\.)?[a-z0-9-]{1,10}(\.[a-z0-9-]{1,10}){0,2}", fullmatch=True)
 self_named = st.one_of(

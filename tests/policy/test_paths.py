@@ -1,0 +1,194 @@
+"""No spelling of a path slips past a resource."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.oracle import readings as readings_by_oracle
+
+from authz_server.policy.paths import (
+    MAX_PATH_LENGTH,
+    fold_case,
+    fold_readings,
+    parse_path_pattern,
+    path_without_query,
+    read_path,
+)
+
+WITHIN_DOCS = {
+    "plain": "/docs",
+    "below": "/docs/a/b",
+    "trailing-slash": "/docs/",
+    "doubled-slash": "//docs",
+    "many-slashes": "////docs//a",
+    "dot": "/./docs",
+    "dot-dot": "/a/../docs",
+    "dot-dot-at-the-root": "/../../docs",
+    "and-out-again": "/docs/../a",
+    "parameter": "/docs;x=1",
+    "parameter-before": "/;x=1/docs",
+    "parameter-hides-dots": "/a/..;x/docs",
+    "escaped-letter": "/%64ocs",
+    "escaped-twice": "/%2564ocs",
+    "escaped-slash": "/x%2f..%2fdocs",
+    "escaped-slash-upper-case": "/x%2F..%2Fdocs",
+    "slash-escaped-twice": "/x%252f..%252fdocs",
+    "slash-behind": "/docs%2fa",
+    "slash-must-stay-escaped": "/a/../do%63s/x%2f..%2f..%2f..",
+    "backslash": "/a\\..\\docs",
+    "escaped-backslash": "/a%5c..%5cdocs",
+    "backslash-escaped-twice": "/a%255c..%255cdocs",
+    "escaped-dots": "/a/%2e%2e/docs",
+    "dots-escaped-twice": "/a/%252e%252e/docs",
+    "escaped-parameter": "/docs%3bx",
+    "escaped-query": "/docs%3fx",
+    "query-escaped-twice": "/docs%253fx",
+    "fragment": "/docs#x",
+    "escaped-fragment": "/docs%23x",
+    "escaped-end-of-a-c-string": "/docs%00x",
+    "url-parser-takes-a-host": "//x/docs",
+    "url-parser-skips-slashes": "////x/docs",
+    "url-parser-and-backslashes": "/\\x\\docs",
+    "url-parser-then-dots": "//x/a/../docs",
+}
+ELSEWHERE = {
+    "other": "/other",
+    "prefix-of-a-segment": "/docsx",
+    "below-something": "/a/docs",
+    "escaped-thrice": "/%252564ocs",
+    "truncated-escape": "/doc%7",
+    "no-escape": "/%zzdocs",
+    "case": "/DOCS",
+    "root": "/",
+    "asterisk": "*",
+}
+
+
+@pytest.mark.parametrize("path", WITHIN_DOCS.values(), ids=WITHIN_DOCS)
+def test_a_reading_lies_within_the_pattern(path: str) -> None:
+    assert any(parse_path_pattern("/docs").matches(reading) for reading in read_path(path))
+
+
+@pytest.mark.parametrize("path", ELSEWHERE.values(), ids=ELSEWHERE)
+def test_no_reading_lies_within_the_pattern(path: str) -> None:
+    assert not any(parse_path_pattern("/docs").matches(reading) for reading in read_path(path))
+
+
+SAME_CASE = {
+    "upper": ("/docs", "/DOCS"),
+    "pattern-upper": ("/Docs", "/docs"),
+    "escaped": ("/docs", "/%44ocs"),
+    "accent": ("/caf\u00e9", "/CAF%C3%89"),
+    "bytes-of-a-letter-decoded-apart": ("/caf\u00e9", "/caf%C3%25A9"),
+    "turkish-dotless-small": ("/admin", "/adm%C4%B1n"),
+    "turkish-dotted-capital": ("/admin", "/adm%C4%B0n"),
+    "kelvin-sign": ("/keys", "/%E2%84%AAeys"),
+    "long-s": ("/docs", "/doc%C5%BF"),
+    "sharp-s": ("/stra\u00dfe", "/STRASSE"),
+    "star-stays-a-star": ("/*/docs", "/A/DOCS"),
+}
+
+
+@pytest.mark.parametrize(("pattern", "path"), SAME_CASE.values(), ids=SAME_CASE)
+def test_folded_readings_lie_within_the_folded_pattern(pattern: str, path: str) -> None:
+    folded = fold_case(parse_path_pattern(pattern))
+    assert any(folded.matches(reading) for reading in fold_readings(read_path(path)))
+    assert not any(folded.matches(reading) for reading in fold_readings(read_path("/other")))
+
+
+def test_a_plain_path_has_one_reading() -> None:
+    assert read_path("/a/b-c/d.e") == {("a", "b-c", "d.e")}
+    assert read_path("/") == {("",)}
+    assert read_path("*") == {("",)}
+
+
+def test_readings_of_an_odd_path() -> None:
+    assert read_path("/a/./b") == {("a", ".", "b"), ("a", "b")}
+
+
+PIECES = [
+    *(
+        "/",
+        "\\",
+        "%2f",
+        "%252F",
+        "%5c",
+        ".",
+        "..",
+        "%2e",
+        "%252e",
+        ";",
+        ";a",
+        "%3b",
+        "#",
+        "%23",
+        "%3f",
+        "%25",
+        "%",
+        "%0",
+    ),
+    *("docs", "a", "%61", "%2561", "\u00e9", "%C3", "%A9", "%25A9", "%ff", "\0", "%00"),
+]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=8).map(lambda pieces: "/" + "".join(pieces)))
+def test_readings_are_those_of_every_make_of_backend(path: str) -> None:
+    """But for empty segments at the end, which no pattern asks for."""
+
+    def trimmed(readings: frozenset[tuple[str, ...]]) -> set[str]:
+        return {"/".join(reading).rstrip("/") for reading in readings}
+
+    assert trimmed(read_path(path)) == trimmed(readings_by_oracle(path))
+
+
+@given(st.text(st.characters() | st.sampled_from("%/\\;.")))
+def test_every_text_can_be_read(text: str) -> None:
+    assert fold_readings(read_path("/" + text))
+
+
+@pytest.mark.parametrize("unit", ["/", "/.", "../", "%25", "%252f", "\\", ";/", "/a;x%5c%23", "%"])
+def test_the_number_of_readings_is_bounded(unit: str) -> None:
+    tail = "/x%2f;%5c%23/..//%252f%255c"
+    path = ("/" + unit * MAX_PATH_LENGTH)[: MAX_PATH_LENGTH - len(tail)] + tail
+    assert len(read_path(path)) < 300
+
+
+def test_patterns_match_themselves_and_what_is_beneath() -> None:
+    pattern = parse_path_pattern("/api/*/docs")
+    assert pattern.matches(("api", "v1", "docs"))
+    assert pattern.matches(("api", "v2", "docs", "x"))
+    assert not pattern.matches(("api", "docs"))
+    assert not pattern.matches(("api", "v1", "other"))
+    assert parse_path_pattern("/").matches(())
+    assert parse_path_pattern("/docs/").segments == ("docs",)
+
+
+BAD_PATTERNS = {
+    "": "must begin with '/'",
+    "docs": "must begin with '/'",
+    "*": "must begin with '/'",
+    "/a//b": "empty segments",
+    "/a/../b": "write the segment '..' plainly",
+    "/.": "write the segment '.' plainly",
+    "/do%63s": "write the segment 'do%63s' plainly",
+    "/a\\b": "plainly",
+    "/a;b": "plainly",
+    "/a?b": "plainly",
+    "/a#b": "plainly",
+    "/a*": "'*' stands for one whole segment only",
+    "/**": "'*' stands for one whole segment only",
+}
+
+
+@pytest.mark.parametrize(("text", "advice"), BAD_PATTERNS.items())
+def test_patterns_that_are_not_plain_are_refused(text: str, advice: str) -> None:
+    with pytest.raises(ValueError, match="is not a path pattern") as caught:
+        parse_path_pattern(text)
+    assert advice in str(caught.value)
+    assert str(caught.value).startswith(repr(text))
+
+
+@pytest.mark.parametrize(
+    ("path", "without"), [("/a?b?c", "/a"), ("/a", "/a"), ("?", ""), ("", ""), ("/a%3fb", "/a%3fb")]
+)
+def test_path_without_query(path: str, without: str) -> None:
+    assert path_without_query(path) == without

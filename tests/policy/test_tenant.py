@@ -1,0 +1,139 @@
+"""How a request names its tenant, and when it names two."""
+
+import pytest
+
+from authz_server.policy.attributes import RequestAttributes
+from authz_server.policy.tenant import SourceKind, TenantSource, name_tenant, parse_tenant_source
+
+ALL = ("header:x-tenant-id", "query:tenant_id", "host:{tenant}.example.com", "path:/t/{tenant}/")
+
+
+def named(
+    path: str = "/", *, host: str = "example.com", header: str | None = None, sources: tuple[str, ...] = ALL
+) -> tuple[str | None, str | None]:
+    headers = {} if header is None else {"x-tenant-id": header}
+    attributes = RequestAttributes("GET", host, path, headers=headers)
+    return name_tenant(attributes, path.partition("?")[0], tuple(parse_tenant_source(source) for source in sources))
+
+
+NOBODY = {
+    "nothing": {},
+    "other-parameter": {"path": "/?tenant=acme&xtenant_id=b"},
+    "apex": {"host": "example.com"},
+    "two-labels": {"host": "a.b.example.com"},
+    "other-domain": {"host": "acme.example.com.evil.test"},
+    "path-too-short": {"path": "/t"},
+    "path-empty": {"path": "/t/"},
+    "path-elsewhere": {"path": "/x/t/acme"},
+}
+ACME = {
+    "header": {"header": "acme"},
+    "header-with-spaces": {"header": " acme\t"},
+    "header-twice-the-same": {"header": "acme, acme"},
+    "query": {"path": "/?tenant_id=acme"},
+    "query-escaped": {"path": "/?a=b&ten%61nt_id=%61cme"},
+    "query-twice-the-same": {"path": "/?tenant_id=acme&tenant_id=acme"},
+    "query-after-semicolon": {"path": "/?a=b;tenant_id=acme"},
+    "host": {"host": "acme.example.com"},
+    "host-port-case-dot": {"host": "ACME.Example.com.:443"},
+    "path": {"path": "/t/acme"},
+    "path-below": {"path": "/t/acme/x/y"},
+    "path-escaped-without-doubt": {"path": "/t//acme"},
+    "all-agree": {"path": "/t/acme/?tenant_id=acme", "host": "acme.example.com", "header": "acme"},
+}
+AMBIGUOUS = {
+    "header-and-query": {"header": "acme", "path": "/?tenant_id=globex"},
+    "header-and-host": {"header": "acme", "host": "globex.example.com"},
+    "host-and-path": {"host": "acme.example.com", "path": "/t/globex/"},
+    "header-twice": {"header": "acme,globex"},
+    "header-and-empty": {"header": "acme,"},
+    "query-twice": {"path": "/?tenant_id=acme&tenant_id=globex"},
+    "query-and-empty": {"path": "/?tenant_id=acme&tenant_id"},
+    "query-by-semicolon": {"path": "/?tenant_id=acme;tenant_id=globex"},
+    "path-by-dots": {"path": "/t/acme/../globex/"},
+    "path-by-escaped-slash": {"path": "/t/acme%2f..%2fglobex"},
+    "path-parameter": {"path": "/t/acme;v=1/"},
+    "path-escaped": {"path": "/t/%61cme/"},
+    "path-by-host-in-path": {"path": "//x/t/acme", "header": "globex"},
+    "good-and-bad": {"header": "acme", "path": "/?tenant_id=ACME"},
+}
+INVALID = {
+    "empty-header": {"header": ""},
+    "upper-case": {"header": "Acme"},
+    "path-traversal": {"header": "../acme"},
+    "cyrillic": {"header": "\u0430cme"},
+    "nul": {"path": "/?tenant_id=acme%00"},
+    "plus-is-a-space": {"path": "/?tenant_id=+acme"},
+    "escaped-twice": {"path": "/?tenant_id=%2561cme"},
+    "empty-query": {"path": "/?tenant_id="},
+    "empty-host-label": {"host": ".example.com"},
+    "too-long": {"header": "a" * 64},
+    "bad-bytes": {"path": "/?tenant_id=%ff"},
+}
+
+
+@pytest.mark.parametrize("request_", NOBODY.values(), ids=NOBODY)
+def test_nobody_is_named(request_: dict[str, str]) -> None:
+    assert named(**request_) == (None, None)
+
+
+@pytest.mark.parametrize("request_", ACME.values(), ids=ACME)
+def test_acme_is_named(request_: dict[str, str]) -> None:
+    assert named(**request_) == ("acme", None)
+
+
+@pytest.mark.parametrize("request_", AMBIGUOUS.values(), ids=AMBIGUOUS)
+def test_two_are_named(request_: dict[str, str]) -> None:
+    assert named(**request_) == (None, "ambiguous_tenant")
+
+
+@pytest.mark.parametrize("request_", INVALID.values(), ids=INVALID)
+def test_what_is_no_tenant_id_is_refused_before_any_look_up(request_: dict[str, str]) -> None:
+    assert named(**request_) == (None, "invalid_tenant")
+
+
+def test_only_configured_sources_are_read() -> None:
+    request_ = {"path": "/t/acme/?tenant_id=globex", "host": "hooli.example.com", "header": "initech"}
+    assert [named(**request_, sources=(source,))[0] for source in ALL] == ["initech", "globex", "hooli", "acme"]
+    assert named(**request_, sources=()) == (None, None)
+
+
+SOURCES = {
+    "header:X-Tenant-ID": TenantSource(SourceKind.HEADER, "x-tenant-id"),
+    " query:tenant_id ": TenantSource(SourceKind.QUERY, "tenant_id"),
+    "host:{tenant}.Example.com": TenantSource(SourceKind.HOST, "{tenant}.example.com"),
+    "path:/t/{tenant}/": TenantSource(SourceKind.PATH, "/t/{tenant}/"),
+}
+
+
+@pytest.mark.parametrize(("text", "source"), SOURCES.items())
+def test_sources_are_read_and_written(text: str, source: TenantSource) -> None:
+    assert parse_tenant_source(text) == source
+    assert parse_tenant_source(str(source)) == source
+
+
+BAD_SOURCES = {
+    "": "write header:NAME, query:NAME, host:PATTERN or path:PATTERN",
+    "x-tenant-id": "write header:NAME",
+    "cookie:tenant": "write header:NAME",
+    "header:": "write header:NAME",
+    "Header:x": "write header:NAME",
+    "header:x_tenant": "is not a header name of letters, digits and hyphens",
+    "header:x tenant": "is not a header name",
+    "host:example.com": "a host pattern begins with {tenant}. and holds it once",
+    "host:{tenant}": "a host pattern begins with {tenant}.",
+    "host:{tenant}.{tenant}.com": "holds it once",
+    "path:t/{tenant}": "a path pattern begins with '/' and has one segment {tenant}",
+    "path:/t/x{tenant}": "has one segment {tenant}",
+    "path:/{tenant}/{tenant}": "has one segment {tenant}",
+    "path:/{other}/{tenant}": "has one segment {tenant}",
+    "path:/t": "has one segment {tenant}",
+}
+
+
+@pytest.mark.parametrize(("text", "advice"), BAD_SOURCES.items())
+def test_other_sources_are_refused_with_the_text(text: str, advice: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is looked at below
+        parse_tenant_source(text)
+    assert advice in str(caught.value)
+    assert str(caught.value).startswith(repr(text))
