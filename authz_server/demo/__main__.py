@@ -22,7 +22,8 @@ _PLAIN_WIDTH = 120
 def main() -> int:
     """Return 0 when every row came out as it must, else 1."""
     # Like Ctrl-C: unwinds the `with` blocks, which stop what was started.
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
     began = time.monotonic()
     try:
