@@ -59,11 +59,11 @@ def _headers(http: ext_authz_pb2.HttpRequest, wanted: AbstractSet[str]) -> dict[
     """
     if http.headers:
         return {name: http.headers[name] for name in wanted if name in http.headers}
-    headers: dict[str, str] = {}
+    values: dict[str, list[str]] = {}
     for header in http.header_map.headers:
         name = header.key.lower()
         if name in wanted:
             # Bytes that are not UTF-8 become U+FFFD, which no address and no tenant id may contain.
             value = header.value or header.raw_value.decode("utf-8", errors="replace")
-            headers[name] = f"{headers[name]},{value}" if name in headers else value
-    return headers
+            values.setdefault(name, []).append(value)
+    return {name: ",".join(repeated) for name, repeated in values.items()}

@@ -15,11 +15,13 @@ from authz_server.ext_authz.reflection import AUTHORIZATION_PACKAGE, AUTHORIZATI
 
 SERVICE = f"{AUTHORIZATION_PACKAGE}.{AUTHORIZATION_SERVICE}"
 
-MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 """Longer messages never reach the checker: gRPC itself answers them with the RPC error RESOURCE_EXHAUSTED, and a mesh
 that fails open lets those requests pass. So the limit that counts is the checker's own, far below this one, which
-denies; this one only bounds the memory that one message can take. Envoy cannot be brought to send as much: by default
-it refuses request headers beyond 60 KiB, and bodies are sent only if the filter is told to (`with_request_body`)."""
+denies; this one only bounds the memory that one message can take. It must be more than a client can bring Envoy to
+send: request heads are at most 8 MiB (`max_request_headers_kb`; 60 KiB by default), and the path stands in a check
+request twice. Bodies come on top, and only if the filter is told to send them (`with_request_body`): keep its
+`max_request_bytes` below 8 MiB."""
 
 _PING_INTERVAL_MS = 100
 """Envoy's `connection_keepalive` may ping this often. C-core's own limit is 300 s, and two hours without a call; it

@@ -184,7 +184,7 @@ async def test_without_a_snapshot_check_is_unavailable_until_there_is_one(serve:
         pytest.param(b"\xff" * 100, Reason.BAD_REQUEST, id="garbage"),
         pytest.param(request(padding=MAX_REQUEST_BYTES), Reason.REQUEST_TOO_LARGE, id="beyond the soft limit"),
         pytest.param(request(padding=4 * MEBIBYTE), Reason.REQUEST_TOO_LARGE, id="4 MiB"),
-        pytest.param(request(padding=15 * MEBIBYTE), Reason.REQUEST_TOO_LARGE, id="15 MiB"),
+        pytest.param(request(padding=31 * MEBIBYTE), Reason.REQUEST_TOO_LARGE, id="31 MiB"),
     ],
 )
 async def test_what_a_request_causes_is_a_denial(
@@ -198,7 +198,7 @@ async def test_beyond_the_hard_limit_is_an_rpc_error_and_hurts_nobody_else(serve
     served = await serve()
     async with served.channel() as channel:
         async with refused(grpc.StatusCode.RESOURCE_EXHAUSTED):
-            await check(channel, request(padding=16 * MEBIBYTE))
+            await check(channel, request(padding=32 * MEBIBYTE))
         assert await check(channel, request()) == ALLOWED
     assert len(served.seen) == 1
 
