@@ -42,7 +42,8 @@ from authz_server.policy.tenant import parse_tenant_source
 _START_SECONDS = 20.0
 _STOP_SECONDS = 20.0
 _ANSWER_SECONDS = 15.0
-_MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+_MAX_REQUEST_BYTES = 16 * 1024 * 1024
+"""Far above the default, so that large messages are decoded and not just measured."""
 
 TENANT_HEADER_SOURCE = (parse_tenant_source("header:x-tenant-id"),)
 """`DecisionOptions.tenant_sources` for requests that name their tenant in x-tenant-id."""
@@ -123,7 +124,7 @@ class AuthzServer:
         responses: ResponseOptions | None = None,
         tls: TlsFiles | None = None,
         listen_host: str = "127.0.0.1",
-        max_request_bytes: int = _MAX_MESSAGE_BYTES,
+        max_request_bytes: int = _MAX_REQUEST_BYTES,
         observe: Callable[[Checked], None] | None = None,
     ) -> None:
         self.snapshot = snapshot
@@ -197,9 +198,7 @@ class AuthzServer:
         )
         host = self.address[0]
         listen = f"[{host}]:0" if ":" in host else f"{host}:0"
-        transport = GrpcioTransport(
-            checker, listen=listen, tls=self._tls, health=HealthState(), max_message_bytes=_MAX_MESSAGE_BYTES
-        )
+        transport = GrpcioTransport(checker, listen=listen, tls=self._tls, health=HealthState())
         self.address = (host, await transport.start())
         self._started.set()
         try:
