@@ -142,9 +142,6 @@ class Refresher:
         counts: dict[str, int] = {}
         changes: list[tuple[RecordKey, Record | Unreadable | None]] = []
         for event in events:
-            if any(isinstance(item.record, Unreadable) for item in event.records):
-                # What came before may hold the last good value.
-                snapshot, changes = snapshot.with_changes(position.revision, changes), []
             changes += [(item.key, item.record) for item in event.records]
             counts.update(event.counts)
             position = event.position

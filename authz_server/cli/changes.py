@@ -358,14 +358,15 @@ class SetScope:
         """The scope, what gives it its meaning, and the lists named."""
         names = dict.fromkeys((*(self.allow_lists or ()), *(self.block_lists or ())))
         return (
-            *dict.fromkeys((_scope_key(self.scope), *_scope_keys(self.scope))),
+            _scope_key(self.scope),
+            *_scope_keys(self.scope),
             *(_list_key(name) for name in names),
         )
 
     def plan(self, known: Known, now: float) -> Plan:
         """See `Wish.plan`."""
         draft = _Draft(known, now)
-        draft.rely_on_scope(self.scope, created=False)
+        draft.rely_on_scope(self.scope)
         draft.put_scope(
             self.scope,
             mode=self.mode,
@@ -513,18 +514,15 @@ class _Draft:
         if wished != old and wished.mode is Mode.RESTRICTED and wished.enforcement is Enforcement.ENFORCE:
             self._closes = wished
 
-    def rely_on_scope(self, name: str, *, created: bool = True) -> None:
+    def rely_on_scope(self, name: str) -> None:
         """See to it that what is put into a scope has an effect."""
         kind, _, bare = name.partition(":")
         if kind == "resource":
             self._rely_on(
                 RecordKey(RecordKind.RESOURCE, bare), f"`authzctl resource add {bare} --path /...` registers it"
             )
-        elif kind == "tenant":
-            if self._known.record(_tenant_key(bare)) is None:
-                self._notes.append(f"tenant {bare} is not registered: this applies to whoever names it")
-            if created and self._known.record(_scope_key(name)) is None:
-                self.put(_scope_key(name), Scope(name), replace_=False)
+        elif kind == "tenant" and self._known.record(_tenant_key(bare)) is None:
+            self._notes.append(f"tenant {bare} is not registered: this applies to whoever names it")
 
     def rely_on_instance(self, name: str) -> None:
         """See to it that tenants can be pinned to an instance."""
@@ -585,8 +583,7 @@ def _scope_keys(name: str) -> tuple[RecordKey, ...]:
     if kind == "resource":
         return (RecordKey(RecordKind.RESOURCE, bare),)
     if kind == "tenant":
-        # Decisions look at a tenant's scope only when it has a record of its own.
-        return (_scope_key(name), _tenant_key(bare))
+        return (_tenant_key(bare),)
     return ()
 
 

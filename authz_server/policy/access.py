@@ -7,13 +7,15 @@ block of the same scope, and of no other. Over the scopes that apply, each enfor
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from string import ascii_lowercase, ascii_uppercase
 
 from authz_server.policy.addresses import Address, Network
 from authz_server.policy.networks import NetworkTable
-from authz_server.policy.paths import PathPattern, Segments
+from authz_server.policy.paths import PathPattern
 from authz_server.policy.reasons import Reason
 
 GLOBAL_SCOPE = "global"
+_ASCII_LOWER = str.maketrans(ascii_uppercase, ascii_lowercase)
 
 
 class Mode(StrEnum):
@@ -110,17 +112,22 @@ class Resource:
     hosts: tuple[str, ...] = ()
     """`www.example.com` or `*.example.com` in lower case; empty: any host (Host is the client's word)."""
 
-    def applies(self, host: str, readings: Iterable[Segments]) -> bool:
-        """Tell whether any reading of the path lies within this resource, on a host from `normalize_host`."""
-        if self.hosts and not any(_host_matches(pattern, host) for pattern in self.hosts):
-            return False
+    def is_on(self, host: str) -> bool:
+        """Tell whether this resource is found on a host from `normalize_host`."""
+        return not self.hosts or any(_host_matches(pattern, host) for pattern in self.hosts)
+
+    def holds(self, readings: Iterable[str]) -> bool:
+        """Tell whether any reading of a path lies within this resource."""
         return any(pattern.matches(reading) for reading in readings for pattern in self.paths)
 
 
 def normalize_host(host: str) -> str:
-    """Return a Host header in lower case, without port and without the dot of the root zone."""
+    """Return a Host header in lower case, without port and without the dot of the root zone.
+
+    Only ASCII letters have a lower case here: the Kelvin sign must not turn into the `k` of a registered tenant.
+    """
     name = "".join(host.partition("]")[:2]) if host.startswith("[") else host.partition(":")[0]
-    return name.lower().rstrip(".")
+    return name.translate(_ASCII_LOWER).rstrip(".")
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,13 @@ from authz_server.policy.access import (
 from authz_server.policy.addresses import Address, InvalidAddressError, any_contains, parse_address
 from authz_server.policy.affinity import Affinity, rendezvous
 from authz_server.policy.attributes import RequestAttributes
-from authz_server.policy.paths import MAX_PATH_LENGTH, fold_readings, path_without_query, read_path
+from authz_server.policy.paths import MAX_ODD_PATH_LENGTH, MAX_PATH_LENGTH, RequestPath, is_odd, path_without_query
 from authz_server.policy.reasons import Reason
 from authz_server.policy.snapshot import MissingClientAddress, MissingTenant, Snapshot, UnknownTenant
 from authz_server.policy.tenant import name_tenant
+
+MAX_QUERY_LENGTH = 16384
+"""Characters of a query; longer ones are refused. Common backends refuse request lines beyond 8 KiB anyway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +66,10 @@ Decision = Allowed | Denied
 
 def decide(attributes: RequestAttributes, snapshot: Snapshot, now: float) -> Decision:
     """Decide about one request at `now`, seconds since the Unix epoch."""
-    path = path_without_query(attributes.path)
-    if not attributes.method or not (path.startswith("/") or path == "*"):
+    path = RequestPath(path_without_query(attributes.path))
+    if not attributes.method or not (path.text.startswith("/") or path.text == "*"):
         return Denied(Reason.BAD_REQUEST)
-    if len(path) > MAX_PATH_LENGTH:
+    if _too_large(path.text, query_length=len(attributes.path) - len(path.text) - 1):
         return Denied(Reason.REQUEST_TOO_LARGE)
 
     address = client_address(attributes, snapshot)
@@ -118,19 +121,29 @@ def client_address(attributes: RequestAttributes, snapshot: Snapshot) -> Address
         return Reason.INVALID_CLIENT_ADDRESS
 
 
-def _applying(attributes: RequestAttributes, path: str, tenant_id: str | None, snapshot: Snapshot) -> list[Scope]:
-    """Return the scopes that apply: global, the tenant's, the resources' by name."""
+def _too_large(path: str, query_length: int) -> bool:
+    longest = MAX_ODD_PATH_LENGTH if is_odd(path) else MAX_PATH_LENGTH
+    return len(path) > longest or query_length > MAX_QUERY_LENGTH
+
+
+def _applying(
+    attributes: RequestAttributes, path: RequestPath, tenant_id: str | None, snapshot: Snapshot
+) -> list[Scope]:
+    """Return the scopes that apply: global, the tenant's, the resources' by name.
+
+    Each applies without a record too, open and enforced: else what is in its own lists would be ignored unseen.
+    """
     applying = [snapshot.global_scope]
-    if tenant_id and (scope := snapshot.scopes.get(tenant_scope(tenant_id))):
-        applying.append(scope)
+    if tenant_id is not None:
+        name = tenant_scope(tenant_id)
+        applying.append(snapshot.scopes.get(name) or Scope(name))
     if snapshot.guarded_resources:
         host = normalize_host(attributes.host)
-        readings = read_path(path)
-        if snapshot.options.fold_path_case:
-            readings = fold_readings(readings)
-        applying += [
-            guarded.scope for guarded in snapshot.guarded_resources if guarded.resource.applies(host, readings)
-        ]
+        for guarded in snapshot.guarded_resources:
+            if guarded.resource.is_on(host) and guarded.resource.holds(
+                path.readings(fold_case=snapshot.options.fold_path_case)
+            ):
+                applying.append(guarded.scope)
     return applying
 
 
@@ -158,6 +171,8 @@ def _find_instance(tenant_id: str | None, snapshot: Snapshot) -> tuple[str | Non
 
 
 def _deciding(reason: Reason, scopes: tuple[ScopeOutcome, ...]) -> ScopeOutcome | None:
+    if reason is Reason.ALLOWED:
+        return None  # scopes say so when no list holds the address
     for outcome in scopes:
         if outcome.reason is reason and outcome.enforcement is Enforcement.ENFORCE:
             return outcome

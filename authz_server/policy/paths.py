@@ -8,21 +8,26 @@ more resources apply, and a resource can only deny what would otherwise be allow
 """
 
 import re
-from dataclasses import dataclass
-from itertools import dropwhile
-from urllib.parse import unquote
+from dataclasses import dataclass, field
+from posixpath import normpath
+from urllib.parse import unquote_to_bytes
 
 Segments = tuple[str, ...]
-"""A path cut at its slashes, without what stands before the first one."""
+"""A path pattern cut at its slashes, without what stands before the first one."""
 
 MAX_PATH_LENGTH = 8192
 """Characters of a path without its query; longer ones are refused, as common backends do by default."""
+MAX_ODD_PATH_LENGTH = 2048
+"""The same for an odd path: its hundreds of readings cost time, and no honest client writes so long a one."""
 
 _ODD = re.compile(r"[%\\;#\0]|//|/\.")
 """What a path must contain for two backends to read it differently (letter case apart)."""
 _ENCODED_SLASH = re.compile(r"%2f", re.IGNORECASE)
 _END = re.compile(r"[?#\0]")
 """Where a backend that has decoded may take the path to end: at a query, a fragment, or the end of a C string."""
+_PARAMETERS = re.compile(r";[^/]*")
+_EMPTY, _NUL = "\ud800", "\ud801"
+"""Stand in for empty segments and NULs; decoding never yields these two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +36,16 @@ class PathPattern:
 
     text: str
     segments: Segments
+    expression: re.Pattern[str] = field(repr=False, compare=False)
+    """The segments again, ready for matching."""
 
-    def matches(self, reading: Segments) -> bool:
+    def matches(self, reading: str) -> bool:
         """Tell whether the reading lies at or beneath this pattern."""
-        if len(reading) < len(self.segments):
-            return False
-        return all(mine in ("*", theirs) for mine, theirs in zip(self.segments, reading, strict=False))
+        return self.expression.match(reading) is not None
 
 
 def parse_path_pattern(text: str) -> PathPattern:
-    """Read a pattern such as `/docs`, `/api/*/docs` or `/`.
+    """Read a pattern such as `/docs`, `/api/*/docs` or `/`; one slash at the end means nothing.
 
     Patterns are written plainly: what requests spell in many ways has one spelling here.
 
@@ -49,9 +54,9 @@ def parse_path_pattern(text: str) -> PathPattern:
     """
     if not text.startswith("/"):
         raise ValueError(f"{text!r} is not a path pattern: it must begin with '/'")
-    segments = tuple(segment for segment in text.split("/") if segment)
-    if text.rstrip("/") != "".join(f"/{segment}" for segment in segments):
+    if "//" in text:
         raise ValueError(f"{text!r} is not a path pattern: it has empty segments ('//')")
+    segments = tuple(segment for segment in text.split("/") if segment)
     for segment in segments:
         if segment in (".", "..") or _ODD.search(segment) or "?" in segment:
             raise ValueError(
@@ -60,12 +65,23 @@ def parse_path_pattern(text: str) -> PathPattern:
             )
         if "*" in segment and segment != "*":
             raise ValueError(f"{text!r} is not a path pattern: '*' stands for one whole segment only")
-    return PathPattern(text, segments)
+    return _pattern(text, segments)
 
 
 def fold_case(pattern: PathPattern) -> PathPattern:
     """Return the pattern for comparison with readings whose case is folded."""
-    return PathPattern(pattern.text, tuple(_folded(segment) for segment in pattern.segments))
+    return _pattern(pattern.text, tuple(fold_text(segment) for segment in pattern.segments))
+
+
+def fold_text(text: str) -> str:
+    """Return the text without letter case, where any backend may ignore it.
+
+    Backends compare lower case, upper case or both, so that some take the Turkish dotted capital and dotless small
+    letter for a plain `i` (Java does); casefold alone does not. No letter becomes a sign that cuts paths or queries.
+    """
+    if text.isascii():
+        return text.lower()
+    return text.upper().casefold().replace("i\u0307", "i")
 
 
 def path_without_query(path: str) -> str:
@@ -73,69 +89,111 @@ def path_without_query(path: str) -> str:
     return path.partition("?")[0]
 
 
-def read_path(path: str) -> frozenset[Segments]:
-    """Return every reading of a path (without query) that begins with a slash.
+def is_odd(path: str) -> bool:
+    """Tell whether a path (without query) can be read in more than one way, letter case apart."""
+    return _ODD.search(path) is not None
+
+
+def read_path(path: str, *, fold_case: bool) -> frozenset[str]:
+    """Return every reading of a path (without query); each begins with a slash.
 
     For a path without escapes, backslashes, parameters, empty or dot segments there is just one.
+
+    Args:
+        path: begins with a slash, or is `*`, which is read as the root.
+        fold_case: whether to return the readings as a backend takes them that ignores letter case.
     """
-    if _ODD.search(path) is None:
-        return frozenset((tuple(path[1:].split("/")),))
+    if not is_odd(path):
+        text = f"/{path[1:]}"
+        return frozenset((fold_text(text) if fold_case else text,))
     # One character for each byte: an escape stands for a byte, and a letter's bytes may be decoded at different hops.
-    texts = {path.encode("utf-8", "surrogatepass").decode("latin-1")}
-    for _ in range(2):
-        texts |= {decoded for text in texts if "%" in text for decoded in _decoded(text)}
-    texts = {text.encode("latin-1").decode("utf-8", "surrogateescape") for text in texts}
+    plain = path.encode("utf-8", "surrogatepass").decode("latin-1")
+    once = _decoded({plain})
+    twice = _decoded(once | _cleaned_up(once))
+    texts = {text.encode("latin-1").decode("utf-8", "surrogateescape") for text in {plain} | once | twice}
+    if fold_case:
+        texts = {fold_text(text) for text in texts}
     texts |= {text.replace("\\", "/") for text in texts}
     texts |= {_END.split(text, maxsplit=1)[0] for text in texts}
-    readings = {tuple(text[1:].split("/")) for text in texts}
-    readings |= {_without_host(reading) for reading in readings}
-    readings |= {tuple(segment.partition(";")[0] for segment in reading) for reading in readings}
-    readings |= {_merged(reading) for reading in readings}
-    readings |= {_resolved(reading) for reading in readings}
-    readings |= {_merged(reading) for reading in readings}
-    return frozenset(readings)
+    texts |= {_without_host(text) for text in texts}
+    texts |= {_PARAMETERS.sub("", text) for text in texts if ";" in text}
+    texts |= {_merged(text) for text in texts}
+    texts |= {_resolved(text) for text in texts}
+    texts |= {_merged(text) for text in texts}
+    return frozenset(texts)
 
 
-def fold_readings(readings: frozenset[Segments]) -> frozenset[Segments]:
-    """Return the readings as a backend that ignores letter case takes them."""
-    return frozenset(tuple(_folded(segment) for segment in reading) for reading in readings)
+class RequestPath:
+    """The path of one request (without query) and its readings: made only when something asks for them, and kept."""
+
+    __slots__ = ("_exact", "_folded", "text")
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self._exact: frozenset[str] | None = None
+        self._folded: frozenset[str] | None = None
+
+    def readings(self, *, fold_case: bool) -> frozenset[str]:
+        """Return what `read_path` returns."""
+        if not fold_case:
+            if self._exact is None:
+                self._exact = read_path(self.text, fold_case=False)
+            return self._exact
+        if self._folded is None:
+            if self._exact is not None and all(text.isascii() for text in self._exact):
+                self._folded = frozenset(fold_text(text) for text in self._exact)
+            else:  # other letters take longer to fold in hundreds of readings than the readings take to make
+                self._folded = read_path(self.text, fold_case=True)
+        return self._folded
 
 
-def _folded(text: str) -> str:
-    """Return the text without letter case, where any backend may ignore it.
-
-    Backends compare lower case, upper case or both, so that some take the Turkish dotted capital and dotless small
-    letter for a plain `i` (Java does); casefold alone does not.
-    """
-    if text.isascii():
-        return text.lower()
-    return text.upper().casefold().replace("\u0307", "")
+def _pattern(text: str, segments: Segments) -> PathPattern:
+    steps = ("/[^/]*" if segment == "*" else f"/{re.escape(segment)}" for segment in segments)
+    return PathPattern(text, segments, re.compile(f"{''.join(steps)}(?:/|\\Z)"))
 
 
-def _decoded(text: str) -> tuple[str, str]:
+def _decoded(texts: set[str]) -> set[str]:
     """Decode the escapes once: everything, and everything but the encoded slashes."""
-    slashes_kept = _ENCODED_SLASH.sub("%252F", text)
-    return unquote(text, encoding="latin-1"), unquote(slashes_kept, encoding="latin-1")
+    escaped = {text for text in texts if "%" in text}
+    escaped |= {_ENCODED_SLASH.sub("%252F", text) for text in escaped}
+    return {unquote_to_bytes(text.encode("latin-1")).decode("latin-1") for text in escaped}
 
 
-def _without_host(reading: Segments) -> Segments:
+def _cleaned_up(texts: set[str]) -> set[str]:
+    """Return what a hop passes on that cleans a path up, where another decoding may follow.
+
+    Dots that are still encoded then stand where the cleaned-up ones were: to resolve both at once says another path.
+    """
+    texts = {text for text in texts if "%" in text}
+    texts |= {text.replace("\\", "/") for text in texts}
+    texts |= {_merged(text) for text in texts}
+    return {_resolved(text) for text in texts}
+
+
+def _without_host(text: str) -> str:
     """Return what a URL parser makes of a path that begins with two slashes: it takes the first name for a host."""
-    if len(reading) < 2 or reading[0]:
-        return reading
-    return tuple(dropwhile(lambda segment: not segment, reading))[1:]
+    if not text.startswith("//"):
+        return text
+    return "/" + text.lstrip("/").partition("/")[2]
 
 
-def _merged(reading: Segments) -> Segments:
-    return tuple(segment for segment in reading if segment)
+def _merged(text: str) -> str:
+    while "//" in text:
+        text = text.replace("//", "/")
+    return text
 
 
-def _resolved(reading: Segments) -> Segments:
-    """Resolve dot segments as RFC 3986, section 5.2.4 does; `..` at the root stays at the root."""
-    resolved: list[str] = []
-    for segment in reading:
-        if segment == "..":
-            if resolved:
-                resolved.pop()
-        elif segment != ".":
-            resolved.append(segment)
-    return tuple(resolved)
+def _resolved(text: str) -> str:
+    """Resolve dot segments as RFC 3986, section 5.2.4 does; `..` at the root stays at the root.
+
+    `normpath` does it ten times faster than a loop over the segments could. It would merge slashes and drop the last
+    one, and early releases of Python 3.11 stop at a NUL.
+    """
+    if "/." not in text:
+        return text
+    # Twice, since of three slashes the second ends one match and cannot begin the next.
+    marked = text.replace("//", f"/{_EMPTY}/").replace("//", f"/{_EMPTY}/").replace("\0", _NUL)
+    resolved = normpath(marked)
+    if text.endswith("/") and resolved != "/":
+        resolved += "/"
+    return resolved.replace(_EMPTY, "").replace(_NUL, "\0")

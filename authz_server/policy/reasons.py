@@ -41,6 +41,6 @@ class Reason(StrEnum):
     BAD_REQUEST = "bad_request"
     """The check request cannot be decoded, or lacks what every HTTP request has."""
     REQUEST_TOO_LARGE = "request_too_large"
-    """The check request, or the path in it, is longer than this server reads."""
+    """The check request, or the path or query in it, is longer than this server reads."""
     INTERNAL_ERROR = "internal_error"
     """Deciding raised an exception: a fault of ours, denied because a client may have provoked it."""

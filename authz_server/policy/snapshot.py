@@ -109,20 +109,22 @@ class Snapshot:
     """By resource name; patterns are ready for comparison with readings (case folded when the options say so)."""
 
     def with_changes(self, revision: int, changes: Iterable[tuple[RecordKey, Record | Unreadable | None]]) -> Self:
-        """Return the snapshot after a change; None removes a record. This one stays as it is."""
+        """Return the snapshot after changes one after the other; None removes a record. This one stays as it is."""
         changed: dict[RecordKind, dict[str, Any]] = {}
         entries: dict[str, list[tuple[Network, Entry | None]]] = {}
         problems = dict(self.problems)
+        latest: dict[RecordKey, Record | None] = {}
         for key, value in changes:
             problems.pop(key, None)
             record: Record | None
             if isinstance(value, Unreadable):
                 problems[key] = value.problem
-                record = self.get(key) or _closed(key)
+                record = (latest[key] if key in latest else self.get(key)) or _closed(key)
                 if record is None:
                     continue
             else:
                 record = value
+            latest[key] = record
             if key.kind is not RecordKind.ENTRY:
                 if key.kind not in changed:
                     changed[key.kind] = dict(getattr(self, _FIELDS[key.kind]))

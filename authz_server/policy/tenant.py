@@ -8,17 +8,21 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from urllib.parse import unquote_plus
+from urllib.parse import unquote_plus, unquote_to_bytes
 
 from authz_server.policy.access import normalize_host
 from authz_server.policy.attributes import RequestAttributes
 from authz_server.policy.identifiers import is_identifier
-from authz_server.policy.paths import Segments, read_path
+from authz_server.policy.paths import RequestPath, fold_text, parse_path_pattern
 from authz_server.policy.reasons import Reason
 
 _PLACEHOLDER = "{tenant}"
 _HEADER_NAME = re.compile(r"[a-z0-9][a-z0-9-]*", re.ASCII)
-_QUERY_SEPARATOR = re.compile(r"[&;]")
+_LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
+_NOT_IN_QUERY_NAMES = re.compile(r"[\s&;=#?+%\0]")
+_AMPERSAND = re.compile("&")
+_QUERY_SEPARATOR = re.compile("[&;]")
+_ENCODED_SEPARATOR = re.compile(r"%(?:26|3b|3d)", re.IGNORECASE)
 
 
 class SourceKind(StrEnum):
@@ -54,28 +58,54 @@ def parse_tenant_source(text: str) -> TenantSource:
             f"{text!r} is not a tenant source: write header:NAME, query:NAME, host:PATTERN or path:PATTERN"
         )
     kind = SourceKind(kind_text)
-    if kind is SourceKind.HEADER:
-        name = name.lower()
-        if not _HEADER_NAME.fullmatch(name):
-            raise ValueError(f"{text!r}: {name!r} is not a header name of letters, digits and hyphens")
-    elif kind is SourceKind.HOST:
-        name = name.lower()
-        if not name.startswith(f"{_PLACEHOLDER}.") or _PLACEHOLDER in name[len(_PLACEHOLDER) :]:
-            raise ValueError(f"{text!r}: a host pattern begins with {_PLACEHOLDER}. and holds it once")
-    elif kind is SourceKind.PATH:
-        segments = name.strip("/").split("/")
-        if not name.startswith("/") or segments.count(_PLACEHOLDER) != 1 or name.count("{") != 1:
-            raise ValueError(f"{text!r}: a path pattern begins with '/' and has one segment {_PLACEHOLDER}")
+    match kind:
+        case SourceKind.HEADER:
+            # ASCII first: the Kelvin sign in lower case is a `k`.
+            if not name.isascii() or not _HEADER_NAME.fullmatch(name.lower()):
+                raise ValueError(f"{text!r}: {name!r} is not a header name of letters, digits and hyphens")
+            name = name.lower()
+        case SourceKind.QUERY:
+            if _NOT_IN_QUERY_NAMES.search(name):
+                raise ValueError(
+                    f"{text!r}: write the query parameter's name as it is when decoded, without white space and any "
+                    "of '&;=#?+%': a parameter with these in its name is never found"
+                )
+        case SourceKind.HOST:
+            name = name.lower() if name.isascii() else name
+            _check_host_pattern(text, name)
+        case SourceKind.PATH:
+            _check_path_pattern(text, name)
     return TenantSource(kind, name)
 
 
-def name_tenant(
-    attributes: RequestAttributes, path: str, sources: tuple[TenantSource, ...]
-) -> tuple[str | None, Reason | None]:
-    """Return (tenant id, None), (None, None) when no tenant is named, or (None, the reason to deny).
+def _check_host_pattern(text: str, name: str) -> None:
+    domain = name.removeprefix(f"{_PLACEHOLDER}.")
+    if domain == name or _PLACEHOLDER in domain:
+        raise ValueError(f"{text!r}: a host pattern begins with {_PLACEHOLDER}. and holds it once")
+    if ":" in domain or domain.endswith("."):
+        raise ValueError(f"{text!r}: hosts are compared without port and without a dot at the end: leave it out")
+    if not all(_LABEL.fullmatch(label) for label in domain.split(".")):
+        raise ValueError(
+            f"{text!r}: {domain!r} is not a domain: write labels of letters, digits and hyphens with dots between "
+            "them, names in other scripts as xn--..."
+        )
 
-    `path` is the request's path without its query.
-    """
+
+def _check_path_pattern(text: str, name: str) -> None:
+    if not name.startswith("/") or name.split("/").count(_PLACEHOLDER) != 1 or name.count("{") != 1:
+        raise ValueError(f"{text!r}: a path pattern begins with '/' and has one segment {_PLACEHOLDER}")
+    try:
+        segments = parse_path_pattern(name).segments
+    except ValueError as error:
+        raise ValueError(f"{text!r}: {error}") from None
+    if "*" in segments:
+        raise ValueError(f"{text!r}: only {_PLACEHOLDER} stands for any segment here, write the others out")
+
+
+def name_tenant(
+    attributes: RequestAttributes, path: RequestPath, sources: tuple[TenantSource, ...]
+) -> tuple[str | None, Reason | None]:
+    """Return (tenant id, None), (None, None) when no tenant is named, or (None, the reason to deny)."""
     named = {text for source in sources for text in _read(source, attributes, path)}
     if not named:
         return None, None
@@ -85,7 +115,7 @@ def name_tenant(
     return (text, None) if is_identifier(text) else (None, Reason.INVALID_TENANT)
 
 
-def _read(source: TenantSource, attributes: RequestAttributes, path: str) -> Iterator[str]:
+def _read(source: TenantSource, attributes: RequestAttributes, path: RequestPath) -> Iterator[str]:
     match source.kind:
         case SourceKind.HEADER:
             value = attributes.headers.get(source.name)
@@ -94,36 +124,85 @@ def _read(source: TenantSource, attributes: RequestAttributes, path: str) -> Ite
                 yield from (part.strip(" \t") for part in value.split(","))
         case SourceKind.QUERY:
             yield from _query_values(attributes.path.partition("?")[2], source.name)
+            for query in _queries_inside(path.text):
+                yield from _query_values(query, source.name)
         case SourceKind.HOST:
             label, dot, domain = normalize_host(attributes.host).partition(".")
             if dot and domain == source.name[len(_PLACEHOLDER) + 1 :]:
                 yield label
         case SourceKind.PATH:
             pattern = tuple(source.name.strip("/").split("/"))
-            for reading in read_path(path):
-                yield from _path_value(pattern, reading)
+            yield from _path_values(pattern, path.readings(fold_case=False))
+
+
+def _queries_inside(path: str) -> set[str]:
+    """Return the queries that a backend finds in a path (without query) that it has decoded once or twice."""
+    if "%" not in path:
+        return set()
+    once = _decoded(path)
+    return {query for text in (once, _decoded(once)) for _, mark, query in (text.partition("?"),) if mark}
 
 
 def _query_values(query: str, name: str) -> Iterator[str]:
-    """Yield the parameter's values as today's parsers split a query (`&`), and as older ones do (`&` and `;`)."""
-    splits = [query.split("&")]
-    if ";" in query:
-        splits.append(_QUERY_SEPARATOR.split(query))
-    for pairs in splits:
-        for pair in pairs:
-            key, _, value = pair.partition("=")
-            if unquote_plus(key) == name:
-                yield unquote_plus(value)
+    """Yield the values, decoded once, of the parameters that a backend may take for the one of this name.
+
+    Backends split a query at `&`, older ones at `;` too; they decode names once, or again behind a hop that has done
+    so; they may ignore letter case; and PHP changes names (see `_names_in_php`).
+    """
+    wanted = _mangled(fold_text(name))
+    # A name that is the wanted one after the first decoding stays it in the second: nothing in it is left to decode.
+    decoded = fold_text(_names_decoded(_names_decoded(query)))
+    mangled = _mangled(decoded)
+    if wanted not in mangled:
+        return  # so it is with most queries: no parameter can have this name
+    for separator in (_AMPERSAND, _QUERY_SEPARATOR) if ";" in query else (_AMPERSAND,):
+        cut = separator.split
+        for pair, decoded_pair, mangled_pair in zip(cut(query), cut(decoded), cut(mangled), strict=True):
+            if wanted in mangled_pair and wanted in _names_in_php(decoded_pair.partition("=")[0]):
+                yield unquote_plus(pair.partition("=")[2])
 
 
-def _path_value(pattern: tuple[str, ...], reading: Segments) -> Iterator[str]:
-    if len(reading) < len(pattern):
-        return
-    value = ""
-    for expected, segment in zip(pattern, reading, strict=False):
-        if expected == _PLACEHOLDER:
-            value = segment
-        elif expected != segment:
-            return
-    if value:
-        yield value
+def _names_decoded(query: str) -> str:
+    """Decode a query once for the sake of its names; what was no separator before is none after."""
+    if "%" not in query:
+        return query.replace("+", " ")
+    return _decoded(_ENCODED_SEPARATOR.sub("\ufffd", query).replace("+", " "))
+
+
+def _names_in_php(name: str) -> set[str]:
+    """Return what PHP and its like make of a parameter's name, itself (mangled) included.
+
+    PHP drops leading spaces, writes `_` for a dot, a space and a bracket that is not closed, and takes `name[x]` for
+    an element of `name`; parsers of nested parameters in other languages take `[name]` for `name`.
+    """
+    name = name.lstrip(" ")
+    names = {_mangled(name), _mangled(name.partition("[")[0])}
+    if name.startswith("["):
+        names.add(_mangled(name[1:].partition("]")[0]))
+    return names
+
+
+def _mangled(text: str) -> str:
+    return text.replace(".", "_").replace(" ", "_").replace("[", "_")
+
+
+def _decoded(text: str) -> str:
+    return unquote_to_bytes(text.encode("utf-8", "surrogatepass")).decode("utf-8", "replace")
+
+
+def _path_values(pattern: tuple[str, ...], readings: frozenset[str]) -> Iterator[str]:
+    """Yield the segments that stand for the tenant; the others are compared without regard to letter case."""
+    folded = tuple(fold_text(segment) for segment in pattern)
+    heads = {tuple(reading[1:].split("/", len(pattern))[: len(pattern)]) for reading in readings}
+    for head in heads:
+        if len(head) < len(pattern):
+            continue
+        value = ""
+        for expected, segment in zip(folded, head, strict=True):
+            if expected == _PLACEHOLDER:
+                value = segment
+            elif expected != fold_text(segment):
+                break
+        else:
+            if value:
+                yield value

@@ -30,7 +30,7 @@ def options(*sources: str) -> DecisionOptions:
     ("source", "path"),
     [
         ("header:x-tenant-id", "/"),
-        ("query:tenant id", "/"),
+        ("query:tenant[id]", "/"),
         ("query:tenant", "/a?b=c"),
         ("host:{tenant}.example.com", "/"),
         ("path:/t/{tenant}/", "/"),

@@ -157,6 +157,8 @@ HOSTS = {
     "": "",
     ":80": "",
     ".": "",
+    "\u212aey.example.com": "\u212aey.example.com",
+    "\u00c9.example.com": "\u00c9.example.com",
 }
 
 
@@ -186,4 +188,4 @@ def test_a_resource_applies_by_host_and_any_reading(
     hosts: tuple[str, ...], host: str, path: str, applies: bool
 ) -> None:
     resource = Resource("docs", (parse_path_pattern("/api-docs"), parse_path_pattern("/docs")), hosts)
-    assert resource.applies(host, read_path(path)) is applies
+    assert (resource.is_on(host) and resource.holds(read_path(path, fold_case=True))) is applies

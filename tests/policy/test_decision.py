@@ -4,12 +4,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from authz_server.policy import paths
 from authz_server.policy.access import Enforcement, Entry, Mode, NamedList, Resource, Scope
 from authz_server.policy.addresses import parse_network
 from authz_server.policy.affinity import Instance, InstanceState, Tenant
 from authz_server.policy.attributes import RequestAttributes
 from authz_server.policy.decision import Allowed, Decision, Denied, decide
-from authz_server.policy.paths import parse_path_pattern
+from authz_server.policy.paths import parse_path_pattern, read_path
 from authz_server.policy.reasons import Reason
 from authz_server.policy.records import Record, RecordKey, Unreadable, entry_key, record_key
 from authz_server.policy.snapshot import (
@@ -56,6 +57,9 @@ RECORDS = [
     *listed("global/block", "192.0.2.0/24"),
     *listed("global/allow", "192.0.2.128/25", "198.51.100.2"),
     *listed("tenant:watched/block", "203.0.113.7"),
+    *listed("tenant:lost/block", "192.0.0.0/24"),
+    *listed("tenant:stranger/block", "192.0.0.0/24"),
+    *listed("tenant:stranger/allow", "192.0.0.2"),
     (RecordKey(record_key(Tenant("spoilt", None)).kind, "spoilt"), Unreadable("not JSON")),
 ]
 
@@ -106,6 +110,9 @@ ACCESS = {
     "resource-without-a-scope-record": ({"path": "/open"}, "allowed"),
     "restricted-tenant-from-the-office": ({"tenant": "acme", "client": OFFICE}, "allowlisted"),
     "restricted-tenant-from-elsewhere": ({"tenant": "acme"}, "not_allowlisted"),
+    "block-of-a-tenant-without-a-scope-record": ({"tenant": "lost", "client": "192.0.0.1"}, "blocked"),
+    "block-of-an-unregistered-tenant": ({"tenant": "stranger", "client": "192.0.0.1"}, "blocked"),
+    "allow-of-a-tenant-without-a-scope-record": ({"tenant": "stranger", "client": "192.0.0.2"}, "allowlisted"),
     "shadow-block": ({"tenant": "watched", "client": OFFICE}, "allowed"),
     "shadow-restricted": ({"tenant": "watched"}, "allowed"),
     "shadow-does-not-hide-others": ({"tenant": "watched", "path": "/docs"}, "not_allowlisted"),
@@ -132,6 +139,10 @@ def test_every_scope_that_applies_is_told_and_one_of_them_decides() -> None:
     blocked = ask(snapshot(), "/docs", client=BAD)
     assert blocked.deciding is blocked.scopes[0]
     assert [outcome.denies for outcome in blocked.scopes] == [True, True]
+    allowed = ask(snapshot(), "/open", tenant="stranger")
+    assert [outcome.scope for outcome in allowed.scopes] == ["global", "tenant:stranger", "resource:open"]
+    assert (allowed.reason, allowed.deciding) == ("allowed", None)
+    assert ask(snapshot(), tenant="spoilt").deciding is None
 
 
 CLIENT = {
@@ -222,6 +233,12 @@ BAD_REQUESTS = {
     "asterisk-and-more": ({"path": "*x"}, "bad_request"),
     "asterisk": ({"path": "*"}, "allowed"),
     "longest-path": ({"path": "/" + "a" * 8191}, "allowed"),
+    "longest-odd-path": ({"path": "/%61" + "a" * 2044}, "allowed"),
+    "too-long-odd-path": ({"path": "/%61" + "a" * 2045}, "request_too_large"),
+    "too-long-odd-path-without-escapes": ({"path": "/" + "a" * 2040 + "/.well-known"}, "request_too_large"),
+    "longest-odd-path-and-a-query": ({"path": "/%61" + "a" * 2044 + "?a=%61"}, "allowed"),
+    "longest-query": ({"path": "/?" + "a" * 16384}, "allowed"),
+    "too-long-query": ({"path": "/?" + "a" * 16385}, "request_too_large"),
     "too-long-path": ({"path": "/" + "a" * 8192}, "request_too_large"),
     "long-query": ({"path": "/?" + "a" * 9000}, "allowed"),
     "too-long-before-the-address": ({"path": "/" + "a" * 8192, "client": "nonsense"}, "request_too_large"),
@@ -233,6 +250,24 @@ BAD_REQUESTS = {
 @pytest.mark.parametrize(("question", "reason"), BAD_REQUESTS.values(), ids=BAD_REQUESTS)
 def test_denials_come_in_this_order(question: dict[str, str], reason: str) -> None:
     assert ask(snapshot(), **question).reason == reason
+
+
+def test_the_readings_of_a_path_are_made_once_and_only_when_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[bool] = []
+
+    def counted(path: str, *, fold_case: bool) -> frozenset[str]:
+        made.append(fold_case)
+        return read_path(path, fold_case=fold_case)
+
+    monkeypatch.setattr(paths, "read_path", counted)
+    ask(snapshot(), "/T/%61cme/..;/docs")
+    assert made == [False], "a source of tenants reads the path, and the resources use what it read"
+    elsewhere = Resource("docs", (parse_path_pattern("/docs"),), ("docs.example.com",))
+    nothing = build_snapshot(keyed(elsewhere), epoch="e", revision=1, options=DecisionOptions())
+    ask(nothing, "/T/%61cme/..;/docs")
+    assert made == [False], "no resource is on this host"
+    ask(nothing, "/T/%61cme/..;/docs", host="docs.example.com")
+    assert made == [False, True]
 
 
 @pytest.mark.parametrize(("fold", "reason"), [(True, "not_allowlisted"), (False, "allowed")])

@@ -1,6 +1,7 @@
 """A snapshot is the same however it came about, and closes where a record cannot be read."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -115,6 +116,22 @@ def test_an_unreadable_record_keeps_its_last_good_value(kind: str) -> None:
         mended = snapshot.with_changes(3, [(key, record)])
         assert mended.problems == {}
         assert content(mended) == content(build([(key, record)], 3))
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_an_unreadable_record_keeps_a_value_set_before_in_the_same_batch(kind: str) -> None:
+    key, record = GOOD[kind]
+    other = {"entry": replace(entry("10.0.0.0/8"), reason="older")}.get(kind)
+    before = build([(key, other)] if other else [])
+    for snapshot in (
+        before.with_changes(2, [(key, record), (key, BROKEN)]),
+        build([]).with_changes(2, [(key, BROKEN), (key, None), (key, record), (key, BROKEN)]),
+    ):
+        assert snapshot.get(key) == record
+        assert snapshot.problems == {key: BROKEN.problem}
+    removed = before.with_changes(2, [(key, record), (key, None), (key, BROKEN)])
+    assert removed.get(key) == STAND_INS[kind]
+    assert removed.problems == {key: BROKEN.problem}
 
 
 @pytest.mark.parametrize("kind", GOOD)

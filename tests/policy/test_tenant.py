@@ -3,6 +3,7 @@
 import pytest
 
 from authz_server.policy.attributes import RequestAttributes
+from authz_server.policy.paths import RequestPath
 from authz_server.policy.tenant import SourceKind, TenantSource, name_tenant, parse_tenant_source
 
 ALL = ("header:x-tenant-id", "query:tenant_id", "host:{tenant}.example.com", "path:/t/{tenant}/")
@@ -13,12 +14,18 @@ def named(
 ) -> tuple[str | None, str | None]:
     headers = {} if header is None else {"x-tenant-id": header}
     attributes = RequestAttributes("GET", host, path, headers=headers)
-    return name_tenant(attributes, path.partition("?")[0], tuple(parse_tenant_source(source) for source in sources))
+    request_path = RequestPath(path.partition("?")[0])
+    return name_tenant(attributes, request_path, tuple(parse_tenant_source(source) for source in sources))
 
 
 NOBODY = {
     "nothing": {},
     "other-parameter": {"path": "/?tenant=acme&xtenant_id=b"},
+    "name-in-another-name": {"path": "/?x[tenant_id]=b&tenant_id_=b&xtenant_id&tenant_idx[0]=b"},
+    "name-escaped-thrice": {"path": "/?%252574enant_id=b"},
+    "name-in-a-value": {"path": "/?next=%2Fx%3Ftenant_id%3Db%26tenant_id%3Dc"},
+    "separators-escaped-in-the-name": {"path": "/?a%26tenant_id=b&a%3btenant_id=b&tenant_id%3Db"},
+    "question-mark-escaped-thrice": {"path": "/x%25253ftenant_id=acme"},
     "apex": {"host": "example.com"},
     "two-labels": {"host": "a.b.example.com"},
     "other-domain": {"host": "acme.example.com.evil.test"},
@@ -34,10 +41,22 @@ ACME = {
     "query-escaped": {"path": "/?a=b&ten%61nt_id=%61cme"},
     "query-twice-the-same": {"path": "/?tenant_id=acme&tenant_id=acme"},
     "query-after-semicolon": {"path": "/?a=b;tenant_id=acme"},
+    "query-name-upper-case": {"path": "/?Tenant_ID=acme"},
+    "query-name-escaped-twice": {"path": "/?%2574enant%255fid=acme"},
+    "query-name-with-a-dot": {"path": "/?tenant.id=acme"},
+    "query-name-with-an-escaped-dot": {"path": "/?tenant%2Eid=acme"},
+    "query-name-with-spaces": {"path": "/?+%20tenant+id=acme"},
+    "query-name-of-a-list": {"path": "/?tenant_id[]=acme"},
+    "query-name-of-an-escaped-list": {"path": "/?tenant_id%5B0%5D[x]=acme"},
+    "query-name-with-an-open-bracket": {"path": "/?tenant[id=acme"},
+    "query-name-in-brackets": {"path": "/?[tenant_id]=acme"},
+    "query-in-the-path": {"path": "/x%3ftenant_id=acme"},
+    "query-in-the-path-escaped-twice": {"path": "/x%253Ftenant_id=acme"},
     "host": {"host": "acme.example.com"},
     "host-port-case-dot": {"host": "ACME.Example.com.:443"},
     "path": {"path": "/t/acme"},
     "path-below": {"path": "/t/acme/x/y"},
+    "path-upper-case": {"path": "/T/acme/x"},
     "path-escaped-without-doubt": {"path": "/t//acme"},
     "all-agree": {"path": "/t/acme/?tenant_id=acme", "host": "acme.example.com", "header": "acme"},
 }
@@ -50,6 +69,14 @@ AMBIGUOUS = {
     "query-twice": {"path": "/?tenant_id=acme&tenant_id=globex"},
     "query-and-empty": {"path": "/?tenant_id=acme&tenant_id"},
     "query-by-semicolon": {"path": "/?tenant_id=acme;tenant_id=globex"},
+    "query-by-letter-case": {"path": "/?tenant_id=acme&TENANT_ID=globex"},
+    "query-by-double-escape": {"path": "/?tenant_id=acme&tenant%255fid=globex"},
+    "query-by-php": {"path": "/?tenant_id=acme&tenant.id=globex"},
+    "query-by-list": {"path": "/?tenant_id=acme&tenant_id[]=globex"},
+    "query-inside-the-path": {"path": "/x%3ftenant_id=globex?tenant_id=acme"},
+    "query-inside-the-path-escaped-twice": {"path": "/x%253ftenant_id=globex?tenant_id=acme"},
+    "query-inside-the-path-and-header": {"path": "/x%3fa&tenant_id=globex", "header": "acme"},
+    "path-upper-case-and-query": {"path": "/T/globex/?tenant_id=acme"},
     "path-by-dots": {"path": "/t/acme/../globex/"},
     "path-by-escaped-slash": {"path": "/t/acme%2f..%2fglobex"},
     "path-parameter": {"path": "/t/acme;v=1/"},
@@ -66,6 +93,9 @@ INVALID = {
     "plus-is-a-space": {"path": "/?tenant_id=+acme"},
     "escaped-twice": {"path": "/?tenant_id=%2561cme"},
     "empty-query": {"path": "/?tenant_id="},
+    "path-value-upper-case": {"path": "/t/ACME/"},
+    "path-value-kelvin-sign": {"path": "/T/\u212aey"},
+    "host-kelvin-sign": {"host": "\u212aey.example.com"},
     "empty-host-label": {"host": ".example.com"},
     "too-long": {"header": "a" * 64},
     "bad-bytes": {"path": "/?tenant_id=%ff"},
@@ -103,6 +133,12 @@ SOURCES = {
     " query:tenant_id ": TenantSource(SourceKind.QUERY, "tenant_id"),
     "host:{tenant}.Example.com": TenantSource(SourceKind.HOST, "{tenant}.example.com"),
     "path:/t/{tenant}/": TenantSource(SourceKind.PATH, "/t/{tenant}/"),
+    "path:/{tenant}": TenantSource(SourceKind.PATH, "/{tenant}"),
+    "host:{tenant}.localhost": TenantSource(SourceKind.HOST, "{tenant}.localhost"),
+    "host:{tenant}.xn--mnchen-3ya.my_zone.example": TenantSource(
+        SourceKind.HOST, "{tenant}.xn--mnchen-3ya.my_zone.example"
+    ),
+    "query:filter[tenant]": TenantSource(SourceKind.QUERY, "filter[tenant]"),
 }
 
 
@@ -120,6 +156,24 @@ BAD_SOURCES = {
     "Header:x": "write header:NAME",
     "header:x_tenant": "is not a header name of letters, digits and hyphens",
     "header:x tenant": "is not a header name",
+    "header:\u212aey": "is not a header name of letters, digits and hyphens",
+    "query:tenant id": "without white space",
+    "query:a\u00a0b": "without white space",
+    **{f"query:a{sign}b": "any of '&;=#?+%'" for sign in "&;=#?+%\0"},
+    "host:{tenant}.example.com:8443": "without port",
+    "host:{tenant}.example.com.": "without a dot at the end",
+    "host:{tenant}.": "'' is not a domain",
+    "host:{tenant}..com": "'.com' is not a domain",
+    "host:{tenant}.-a.com": "is not a domain",
+    "host:{tenant}.exa mple.com": "is not a domain",
+    "host:{tenant}.\u212aelvin.com": "is not a domain: write labels",
+    "host:{tenant}.*.com": "is not a domain",
+    "path:/t//{tenant}": "empty segments",
+    "path:/t/{tenant}//": "empty segments",
+    "path:/../{tenant}": "write the segment '..' plainly",
+    "path:/%74/{tenant}": "write the segment '%74' plainly",
+    "path:/t?/{tenant}": "write the segment 't?' plainly",
+    "path:/*/{tenant}": "only {tenant} stands for any segment",
     "host:example.com": "a host pattern begins with {tenant}. and holds it once",
     "host:{tenant}": "a host pattern begins with {tenant}.",
     "host:{tenant}.{tenant}.com": "holds it once",

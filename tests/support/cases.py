@@ -37,10 +37,12 @@ SOURCES = (
     "header:x-tenant-id",
     "header:x-other",
     "query:tenant_id",
+    "query:Tenant.Key",
     "query:t",
     "host:{tenant}.example.com",
     "path:/t/{tenant}/",
     "path:/{tenant}/api",
+    "path:/Acc/{tenant}",
 )
 PATTERNS = (
     "/",
@@ -71,6 +73,8 @@ HOSTS = (
     "evil.test",
     "www.example.com.evil.test",
     "evilexample.com",
+    "\u212aey.example.com",
+    "ACME.Example.com",
 )
 PLAIN_PATHS = (
     "/",
@@ -81,12 +85,15 @@ PLAIN_PATHS = (
     "/docsx",
     "/api/v1/docs",
     "/api/docs",
+    "/api/v1/v2/docs",
     "/api//docs",
     "/t/acme/x",
     "/t/globex",
     "/t/",
     "/T/acme/",
     "/acme/api",
+    "/acc/acme",
+    "/ACC/HOOLI",
     "/hooli/api/docs",
     "/x/y",
     "/x/",
@@ -152,6 +159,19 @@ ODD_PATHS = (
     "/t/.",
     "/api/%2e/v1/../docs",
     "/x/y%2fz",
+    "/a%2f..%2fdo%2563s%2f%252e%252e%2f..%2fx",
+    "/a%5cb%2f..%2f..%2fdo%2563s%2f%252e%252e%2f..%2fx",
+    "/a\\b%2f..%2fdo%2563s%2f%252e%252e%2f..%2fx",
+    "/a%2f..%2fdo%2563s%2f%2f..%2f%252e%252e%2f..%2fx",
+    "/a%5c..%5cdo%2563s%5c%252e%252e%5c..%5cx",
+    "/do%2563s/../x",
+    "/a/../docs//../x",
+    "/a/../x/",
+    "/a%2f%2f..%2fdo%2563s%2f%252e%252e%2f..%2fx",
+    "/x%3ftenant_id=acme",
+    "/x%253ftenant_id=globex",
+    "/x%3Fa%26TENANT%2ekey=hooli",
+    "/ac%43/acme",
 )
 PIECES = (
     *("/", "//", "\\", "%2f", "%2F", "%252f", "%5c", "%255C", ".", "..", "%2e", "%2E%2e", "%252e", ";", ";a=b", "%3b"),
@@ -173,6 +193,8 @@ PIECES = (
     ),
 )
 LONG_PATHS = ("/" + "a" * 8191, "/" + "a" * 8192, "/docs/" + "a/" * 4096, "/docs/" + "b" * 8186)
+LONG_ODD_PATHS = ("/%61" + "a" * 2044, "/%61" + "a" * 2045, "/docs;" + "b" * 2042, "/docs;" + "b" * 2043)
+LONG_QUERIES = ("t=acme&" + "a" * 16377, "t=acme&" + "a" * 16378, "&" * 999 + "a" * 15385, "t=hooli&" * 2048)
 BAD_ADDRESSES = (
     *("", " ", "203.0.113.7 ", "203.0.113.7,10.0.0.1", "203.0.113.7:443", "[2001:db8::1]", "fe80::1%eth0", "10.1", "1"),
     *("010.0.0.1", "10.0.0.256", "0x0a000001", "10.0.0.1/32", "::1::", "2001:db8::g", "\u0661.2.3.4", "10.0.0.1\0"),
@@ -307,7 +329,11 @@ class CaseMaker:
         self.networks = self._nested_networks()
         self.addresses = self._boundaries()
         self.policy = self._policy()
-        self.paths = [*rng.sample(PLAIN_PATHS, 8), *rng.sample(ODD_PATHS, 8), *(self._made_up_path() for _ in range(4))]
+        self.paths = [
+            *rng.sample(PLAIN_PATHS, 8),
+            *rng.sample(ODD_PATHS, 16),
+            *(self._made_up_path() for _ in range(4)),
+        ]
         self.hosts = [*rng.sample(HOSTS, 4), *(f"{self._tenant()}.example.com" for _ in range(3))]
 
     def now(self) -> float:
@@ -323,7 +349,7 @@ class CaseMaker:
         elif luck < 0.02:
             path = rng.choice(("", "docs", "http://www.example.com/docs", "%2fdocs", "\u2215docs", "?/"))
         elif luck < 0.04:
-            path = rng.choice(LONG_PATHS)
+            path = rng.choice((*LONG_PATHS, *LONG_ODD_PATHS))
         elif luck < 0.05:
             path = "*"
         headers = {}
@@ -332,6 +358,8 @@ class CaseMaker:
                 headers[name] = self._header_value()
         if rng.random() < 0.4:
             path += "?" + self._query()
+        elif rng.random() < 0.01:
+            path += "?" + rng.choice(LONG_QUERIES)
         return PlainRequest(method, host, path, self._peer(), self._external(), headers)
 
     def _nested_networks(self) -> list[IPNetwork]:
@@ -501,6 +529,20 @@ class CaseMaker:
                 f"tenant_id=x?tenant_id={tenant}",
                 f"tenant_id=%ff&tenant_id=%fe{tenant}",
                 f"?t={tenant}",
+                f"TENANT_ID={tenant}",
+                f"tenant_id={tenant}&Tenant_Id={self._tenant()}",
+                f"tenant.id={tenant}&T={tenant}",
+                f"a&tenant%2Eid={tenant};b",
+                f"+tenant+id={tenant}",
+                f"tenant[id={tenant}",
+                f"tenant_id%5B%5d={tenant}&tenant_id={self._tenant()}",
+                f"t[]={tenant}",
+                f"[t]={tenant}",
+                f"x[tenant_id]={tenant}&tenant_id_=a&xt=b",
+                f"%2574enant%255fid={tenant}",
+                f"%25252574={tenant}&tenant_id%26={tenant}",
+                f"tenant_\u212aEY={tenant}",
+                f"tenant_id={tenant}&tenant.key={tenant}&tenant_Key[a][b]={tenant}",
             )
         )
 

@@ -21,7 +21,8 @@ from authz_server.policy.reasons import Reason
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-LONGEST_PATH = 8192
+LONGEST_PATH, LONGEST_ODD_PATH, LONGEST_QUERY = 8192, 2048, 16384
+ODD_SIGNS = ("%", "\\", ";", "#", "\0", "//", "/.")
 IDENTIFIER_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789._-")
 
 
@@ -152,7 +153,8 @@ class Oracle:
         path, _, query = request.path.partition("?")
         if request.method == "" or (path[:1] != "/" and path != "*"):
             return Answer("bad_request")
-        if len(path) > LONGEST_PATH:
+        odd = any(sign in path for sign in ODD_SIGNS)
+        if len(path) > (LONGEST_ODD_PATH if odd else LONGEST_PATH) or len(query) > LONGEST_QUERY:
             return Answer("request_too_large")
 
         address, problem = self.client_address(request)
@@ -180,7 +182,7 @@ class Oracle:
         listed = [outcome for outcome in enforced if outcome.reason == "allowlisted"]
         if listed:
             return Answer("allowlisted", client, tenant, instance, affinity, outcomes, listed[0])
-        return Answer("allowed", client, tenant, instance, affinity, outcomes, enforced[0] if enforced else None)
+        return Answer("allowed", client, tenant, instance, affinity, outcomes)
 
     def client_address(self, request: PlainRequest) -> tuple[IPAddress | None, str]:
         external = request.external
@@ -202,10 +204,11 @@ class Oracle:
                 if pattern in request.headers:
                     yield from (value.strip(" \t") for value in request.headers[pattern].split(","))
             elif kind == "query":
-                for pair in [*query.split("&"), *query.replace(";", "&").split("&")]:
-                    key, _, value = pair.partition("=")
-                    if form_text(key) == pattern:
-                        yield form_text(value)
+                for asked in (query, query_in(decoded_text(path)), query_in(decoded_text(decoded_text(path)))):
+                    for pair in [*asked.split("&"), *asked.replace(";", "&").split("&")]:
+                        key, _, value = pair.partition("=")
+                        if any(is_parameter(name, pattern) for name in (form_text(key), form_text(form_text(key)))):
+                            yield form_text(value)
             elif kind == "host":
                 host, suffix = plain_host(request.host), pattern.removeprefix("{tenant}")
                 if host.endswith(suffix) and "." not in host[: -len(suffix)]:
@@ -217,14 +220,17 @@ class Oracle:
                     if (
                         len(reading) >= len(wanted)
                         and named[0] != ""
-                        and all(mine in ("{tenant}", theirs) for mine, theirs in zip(wanted, reading, strict=False))
+                        and all(
+                            mine == "{tenant}" or same_case(mine) == same_case(theirs)
+                            for mine, theirs in zip(wanted, reading, strict=False)
+                        )
                     ):
                         yield named[0]
 
     def applying(self, request: PlainRequest, path: str, tenant: str | None) -> Iterator[PlainScope]:
         yield self.scopes.get("global", PlainScope("global"))
-        if tenant is not None and f"tenant:{tenant}" in self.scopes:
-            yield self.scopes[f"tenant:{tenant}"]
+        if tenant is not None:
+            yield self.scopes.get(f"tenant:{tenant}", PlainScope(f"tenant:{tenant}"))
         host = plain_host(request.host)
         for name in sorted(self.resources):
             resource = self.resources[name]
@@ -295,7 +301,8 @@ def is_name(text: str) -> bool:
 def plain_host(host: str) -> str:
     """Return a host without port and root dot, in lower case."""
     end = host.find("]") + 1 if host.startswith("[") else host.find(":")
-    return (host[:end] if end > 0 or host.startswith(":") else host).lower().rstrip(".")
+    name = host[:end] if end > 0 or host.startswith(":") else host
+    return "".join(chr(ord(letter) + 32) if "A" <= letter <= "Z" else letter for letter in name).rstrip(".")
 
 
 def host_fits(pattern: str, host: str) -> bool:
@@ -321,7 +328,7 @@ def lies_within(pattern: str, path: str, fold: bool) -> bool:
 def same_case(text: str) -> str:
     """Return the text as a backend that ignores letter case compares it."""
     upper = "".join("I" if letter == "\u0131" else letter.upper() for letter in text)
-    return upper.casefold().replace("\u0307", "")
+    return upper.casefold().replace("i\u0307", "i")
 
 
 @lru_cache(maxsize=10_000)
@@ -334,6 +341,18 @@ def readings(path: str) -> frozenset[tuple[str, ...]]:
         for habit in habits:
             text = habit(text)
         decoded.add(text)
+    for first, backslash, merge, second in itertools.product(
+        (once, keeping_slash), (False, True), (False, True), (once, keeping_slash)
+    ):
+        # The first hop decodes, cleans up and passes on what it got; the next one decodes again.
+        text = first(whole)
+        if backslash:
+            text = text.replace(b"\\", b"/")
+        if merge:
+            text = re.sub(rb"//+", b"/", text)
+        text = without_dots(text)
+        if b"%" in text:
+            decoded.add(second(text))
     found = set()
     for text in decoded:
         for habits in itertools.product((False, True), repeat=7):
@@ -353,8 +372,8 @@ def readings(path: str) -> frozenset[tuple[str, ...]]:
                 read = without_dots(read)
             if merge_again:
                 read = re.sub(rb"//+", b"/", read)
-            found.add(tuple(part.decode("utf-8", "surrogateescape") for part in read[1:].split(b"/")))
-    return frozenset(found)
+            found.add(read[1:])
+    return frozenset(tuple(read.decode("utf-8", "surrogateescape").split("/")) for read in found)
 
 
 def once(path: bytes) -> bytes:
@@ -382,9 +401,34 @@ def without_dots(path: bytes) -> bytes:
     return b"/" + b"/".join(kept)
 
 
+@lru_cache(maxsize=10_000)
 def form_text(text: str) -> str:
     """Decode one name or value of a query string."""
-    return once(text.replace("+", " ").encode("utf-8", "surrogatepass")).decode("utf-8", "replace")
+    return decoded_text(text.replace("+", " "))
+
+
+def decoded_text(text: str) -> str:
+    """Decode every escape once."""
+    return once(text.encode("utf-8", "surrogatepass")).decode("utf-8", "replace")
+
+
+def query_in(path: str) -> str:
+    """Return what stands behind the first question mark, or nothing."""
+    return path.partition("?")[2]
+
+
+@lru_cache(maxsize=10_000)
+def is_parameter(name: str, wanted: str) -> bool:
+    """Tell whether some backend takes the name for the wanted one: letter case, PHP's habits, nested parameters."""
+
+    def underscored(text: str) -> str:
+        return same_case("".join("_" if letter in " .[" else letter for letter in text))
+
+    name = name.lstrip(" ")
+    taken = [name, re.sub(r"\[.*", "", name, flags=re.DOTALL)]
+    if nested := re.match(r"\[([^\]]*)", name):
+        taken.append(nested[1])
+    return underscored(wanted) in [underscored(text) for text in taken]
 
 
 def heaviest(tenant: str, instances: list[PlainInstance]) -> str | None:
