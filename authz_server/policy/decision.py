@@ -17,7 +17,7 @@ from authz_server.policy.access import (
 from authz_server.policy.addresses import Address, InvalidAddressError, any_contains, parse_address
 from authz_server.policy.affinity import Affinity, rendezvous
 from authz_server.policy.attributes import RequestAttributes
-from authz_server.policy.paths import MAX_ODD_PATH_LENGTH, MAX_PATH_LENGTH, RequestPath, is_odd, path_without_query
+from authz_server.policy.paths import RequestPath, is_too_long, path_without_query
 from authz_server.policy.reasons import Reason
 from authz_server.policy.snapshot import MissingClientAddress, MissingTenant, Snapshot, UnknownTenant
 from authz_server.policy.tenant import name_tenant
@@ -69,7 +69,8 @@ def decide(attributes: RequestAttributes, snapshot: Snapshot, now: float) -> Dec
     path = RequestPath(path_without_query(attributes.path))
     if not attributes.method or not (path.text.startswith("/") or path.text == "*"):
         return Denied(Reason.BAD_REQUEST)
-    if _too_large(path.text, query_length=len(attributes.path) - len(path.text) - 1):
+    query_length = len(attributes.path) - len(path.text) - 1
+    if is_too_long(path.text) or query_length > MAX_QUERY_LENGTH:
         return Denied(Reason.REQUEST_TOO_LARGE)
 
     address = client_address(attributes, snapshot)
@@ -119,11 +120,6 @@ def client_address(attributes: RequestAttributes, snapshot: Snapshot) -> Address
         return parse_address(external)
     except InvalidAddressError:
         return Reason.INVALID_CLIENT_ADDRESS
-
-
-def _too_large(path: str, query_length: int) -> bool:
-    longest = MAX_ODD_PATH_LENGTH if is_odd(path) else MAX_PATH_LENGTH
-    return len(path) > longest or query_length > MAX_QUERY_LENGTH
 
 
 def _applying(

@@ -18,10 +18,14 @@ Segments = tuple[str, ...]
 MAX_PATH_LENGTH = 8192
 """Characters of a path without its query; longer ones are refused, as common backends do by default."""
 MAX_ODD_PATH_LENGTH = 2048
-"""The same for an odd path: its hundreds of readings cost time, and no honest client writes so long a one."""
+"""The same for a path that can be read in more than one way: its readings, up to some two hundred, cost time."""
+MAX_TWICE_ESCAPED_PATH_LENGTH = 512
+"""The same for a path with an escaped `%`: it has up to three times as many. Slow answers are a way past the policy
+too, where Envoy fails open, so no path may take more than some milliseconds."""
 
 _ODD = re.compile(r"[%\\;#\0]|//|/\.")
 """What a path must contain for two backends to read it differently (letter case apart)."""
+_ESCAPED_PERCENT = "%25"
 _ENCODED_SLASH = re.compile(r"%2f", re.IGNORECASE)
 _END = re.compile(r"[?#\0]")
 """Where a backend that has decoded may take the path to end: at a query, a fragment, or the end of a C string."""
@@ -92,6 +96,13 @@ def path_without_query(path: str) -> str:
 def is_odd(path: str) -> bool:
     """Tell whether a path (without query) can be read in more than one way, letter case apart."""
     return _ODD.search(path) is not None
+
+
+def is_too_long(path: str) -> bool:
+    """Tell whether a path (without query) is longer than this server reads, given how odd it is."""
+    if not is_odd(path):
+        return len(path) > MAX_PATH_LENGTH
+    return len(path) > (MAX_TWICE_ESCAPED_PATH_LENGTH if _ESCAPED_PERCENT in path else MAX_ODD_PATH_LENGTH)
 
 
 def read_path(path: str, *, fold_case: bool) -> frozenset[str]:

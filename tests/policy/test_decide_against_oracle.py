@@ -135,8 +135,9 @@ FAULTS = {
     "allowed-by-a-scope": ("decision", "if reason is Reason.ALLOWED:", "if reason is None:"),
     "letter-case-never-folded": ("decision", "fold_case=snapshot.options.fold_path_case", "fold_case=False"),
     "letter-case-always-folded": ("decision", "fold_case=snapshot.options.fold_path_case", "fold_case=True"),
-    "long-path-accepted": ("decision", "len(path) > longest", "len(path) > longest + 1"),
-    "long-odd-path-accepted": ("decision", "if is_odd(path) else MAX_PATH_LENGTH", "if not path else MAX_PATH_LENGTH"),
+    "long-path-accepted": ("paths", "len(path) > MAX_PATH_LENGTH", "len(path) > MAX_PATH_LENGTH + 1"),
+    "long-odd-path-accepted": ("paths", "else MAX_ODD_PATH_LENGTH)", "else MAX_PATH_LENGTH)"),
+    "long-twice-escaped-path-accepted": ("paths", "if _ESCAPED_PERCENT in path", "if not path"),
     "long-query-accepted": ("decision", "> MAX_QUERY_LENGTH", "> MAX_QUERY_LENGTH + 1"),
     "first-of-two-tenants-taken": (
         "tenant",

@@ -235,6 +235,7 @@ BAD_REQUESTS = {
     "longest-path": ({"path": "/" + "a" * 8191}, "allowed"),
     "longest-odd-path": ({"path": "/%61" + "a" * 2044}, "allowed"),
     "too-long-odd-path": ({"path": "/%61" + "a" * 2045}, "request_too_large"),
+    "too-long-twice-escaped-path": ({"path": "/%2561" + "a" * 507}, "request_too_large"),
     "too-long-odd-path-without-escapes": ({"path": "/" + "a" * 2040 + "/.well-known"}, "request_too_large"),
     "longest-odd-path-and-a-query": ({"path": "/%61" + "a" * 2044 + "?a=%61"}, "allowed"),
     "longest-query": ({"path": "/?" + "a" * 16384}, "allowed"),

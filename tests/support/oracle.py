@@ -21,7 +21,7 @@ from authz_server.policy.reasons import Reason
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-LONGEST_PATH, LONGEST_ODD_PATH, LONGEST_QUERY = 8192, 2048, 16384
+LONGEST_PATH, LONGEST_ODD_PATH, LONGEST_TWICE_ESCAPED_PATH, LONGEST_QUERY = 8192, 2048, 512, 16384
 ODD_SIGNS = ("%", "\\", ";", "#", "\0", "//", "/.")
 IDENTIFIER_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789._-")
 
@@ -154,7 +154,10 @@ class Oracle:
         if request.method == "" or (path[:1] != "/" and path != "*"):
             return Answer("bad_request")
         odd = any(sign in path for sign in ODD_SIGNS)
-        if len(path) > (LONGEST_ODD_PATH if odd else LONGEST_PATH) or len(query) > LONGEST_QUERY:
+        longest = LONGEST_ODD_PATH if odd else LONGEST_PATH
+        if "%25" in path:
+            longest = LONGEST_TWICE_ESCAPED_PATH
+        if len(path) > longest or len(query) > LONGEST_QUERY:
             return Answer("request_too_large")
 
         address, problem = self.client_address(request)
