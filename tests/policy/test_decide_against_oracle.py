@@ -267,8 +267,10 @@ def copied_room(
         del sys.modules[module]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("copied_room", FAULTS.values(), ids=FAULTS, indirect=True)
 def test_every_fault_is_caught(copied_room: PolicyRoom, few_cases: list[Case]) -> None:
+    """Starts no server; together they are only too long for the unit part."""
     assert first_difference(copied_room, few_cases)
 
 
