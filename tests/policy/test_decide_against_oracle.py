@@ -75,8 +75,8 @@ FAULTS = {
     "restricted-taken-for-open": ("access", "if scope.mode is Mode.RESTRICTED", "if scope.mode is None"),
     "shortest-prefix-wins": (
         "networks",
-        "for length, by_prefix in by_length.items() if by_prefix), reverse=True)",
-        "for length, by_prefix in by_length.items() if by_prefix))",
+        "sorted(by_length, reverse=True)",
+        "sorted(by_length)",
     ),
     "host-port-kept": ("access", 'else host.partition(":")[0]', "else host"),
     "suffix-host-without-dot": ("access", "host.endswith(pattern[1:])", "host.endswith(pattern[2:])"),

@@ -79,3 +79,24 @@ def test_a_value_that_counts_as_false_is_found() -> None:
     table = NetworkTable[int].build([(parse_network("0.0.0.0/0"), 0)])
     assert list(table.match(parse_address("255.255.255.255"))) == [(0, 0)]
     assert list(table.match(parse_address("::"))) == []
+
+
+def test_a_large_layer_grows_and_shrinks_like_a_small_one() -> None:
+    """Large layers are kept in another way; both ways, and the passage between them, must look the same."""
+    networks = [Network(4, number << 8, 24) for number in range(10_000)]
+    table = NetworkTable[int]()
+    before: list[tuple[NetworkTable[int], int]] = []
+    for start in range(0, len(networks), 1_000):
+        before.append((table, start))
+        table = table.with_changes((network, network.first) for network in networks[start : start + 1_000])
+    for number in (0, 1, 4_095, 4_096, 4_097, 9_999):
+        address = Address(4, networks[number].first + 7)
+        for older, size in [*before, (table, len(networks))]:
+            assert len(older) == size
+            assert list(older.match(address)) == ([(24, networks[number].first)] if number < size else [])
+    assert sorted(table.values()) == [network.first for network in networks]
+    for start in range(0, len(networks), 1_000):
+        table = table.with_changes((network, None) for network in networks[start : start + 1_000])
+        assert sorted(table.values()) == [network.first for network in networks[start + 1_000 :]]
+    assert len(table) == 0
+    assert list(table.match(Address(4, 7))) == []
