@@ -786,7 +786,7 @@ def _lists_of_scopes(snapshot: Snapshot, side: Side) -> list[tuple[str, str]]:
     """Return (scope, list) for every list on one side, scopes by name, a scope's own list first."""
     own = {name.removesuffix(f"/{side}") for name in snapshot.tables if name.endswith(f"/{side}")}
     names = sorted(own | snapshot.scopes.keys())
-    return [(name, list_name) for name in names for list_name in snapshot.scopes.get(name, Scope(name)).lists(side)]
+    return [(name, list_name) for name in names for list_name in snapshot.scopes.get(name, Scope(name)).lists[side]]
 
 
 def _sorted_entries(snapshot: Snapshot, list_name: str) -> list[Entry]:

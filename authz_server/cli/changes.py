@@ -609,7 +609,7 @@ def _instance_key(name: str) -> RecordKey:
 
 def _lets_somebody_in(scope: Scope, tables: Mapping[str, EntryTable], now: float) -> bool:
     return any(
-        entry.counts_at(now) for name in scope.lists(Side.ALLOW) for entry in tables.get(name, EntryTable()).values()
+        entry.counts_at(now) for name in scope.lists[Side.ALLOW] for entry in tables.get(name, EntryTable()).values()
     )
 
 

@@ -6,20 +6,34 @@ through. Never both: Envoy sets first and removes afterwards, so such a header w
 
 import json
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from http import HTTPStatus
 from itertools import product
 from types import MappingProxyType
+from typing import Self
 
-from authz_server.ext_authz._generated import ext_authz_pb2
 from authz_server.policy.access import Enforcement
-from authz_server.policy.decision import Allowed, Decision, Denied
+from authz_server.policy.affinity import Affinity
+from authz_server.policy.decision import Allowed, Decision
 from authz_server.policy.reasons import Reason
 
-_PERMISSION_DENIED = 7
-"""google.rpc.Code.PERMISSION_DENIED; any code but 0 makes Envoy deny."""
+# Tags of fields that have a length (number << 3 | 2), named after protos/authz_server/ext_authz.proto.
+_DENIED_RESPONSE, _OK_RESPONSE, _DYNAMIC_METADATA = b"\x12", b"\x1a", b"\x22"  # CheckResponse 2, 3, 4
+_HEADERS, _HEADERS_TO_REMOVE = b"\x12", b"\x2a"  # OkHttpResponse 2, 5; DeniedHttpResponse 2
+_HTTP_STATUS, _BODY = b"\x0a", b"\x1a"  # DeniedHttpResponse 1, 3
+_HEADER, _HEADER_VALUE = b"\x0a", b"\x12"  # HeaderValueOption 1; HeaderValue 2
+_KEY = b"\x0a"  # HeaderValue 1, and the key of a map's entry
+_MAP_ENTRY, _VALUE = b"\x0a", b"\x12"  # google.protobuf.Struct 1, and the value of a map's entry
+_STRING_VALUE, _LIST_VALUE, _LIST_ITEM = b"\x1a", b"\x32", b"\x0a"  # google.protobuf.Value 3, 6; ListValue 1
+_NUMBER_VALUE = b"\x11"  # google.protobuf.Value 2: eight bytes, without a length (number << 3 | 1)
+_STATUS_CODE = b"\x08"  # HttpStatus 1: a number (number << 3)
+# Small fields as a whole.
+_OVERWRITE_IF_EXISTS_OR_ADD = b"\x18\x02"  # HeaderValueOption 3
+_STATUS_OK = b"\x0a\x00"  # CheckResponse 1, an empty Status: code 0
+_STATUS_DENIED = b"\x0a\x02\x08\x07"  # google.rpc.Code.PERMISSION_DENIED; any code but 0 makes Envoy deny
 
 _TRY_AGAIN_REASONS = (Reason.TENANT_HELD, Reason.UNREADABLE_PIN, Reason.UNKNOWN_INSTANCE, Reason.NO_ACTIVE_INSTANCE)
 """The denials that say nothing against the client: the same request may pass in a moment."""
@@ -76,26 +90,107 @@ class ResponseOptions:
         return HTTPStatus(self.denied_status.get(reason, DEFAULT_DENIED_STATUS[reason]))
 
 
-def write_check_response(decision: Decision, *, request_id: str, revision: int, options: ResponseOptions) -> bytes:
-    """Write the answer to one check.
+class ResponseWriter:
+    """Writes answers to checks.
 
-    Args:
-        decision: what was decided.
-        request_id: the value of x-request-id, whoever wrote it: shown to the client only if it looks like an id.
-        revision: of the snapshot that the decision was made from; 0 when it needed none.
-        options: the operator's settings.
+    Nearly every answer is made of the same few pieces, so these are encoded once, beforehand, and an answer is put
+    together from them and from the few texts of its own. The encoding is that of protocol buffers: a field is its tag,
+    the length of its value, and the value.
     """
-    check_response = ext_authz_pb2.CheckResponse()
-    match decision:
-        case Allowed():
-            check_response.status.SetInParent()  # code 0: OK
-            _write_allowed(check_response.ok_response, decision, options)
-        case Denied():
-            check_response.status.code = _PERMISSION_DENIED
-            _write_denied(check_response.denied_response, decision.reason, request_id, options)
-    _write_metadata(check_response, decision, revision)
-    answer: bytes = check_response.SerializeToString()
-    return answer
+
+    def __init__(self, options: ResponseOptions) -> None:
+        self._routing_name, self._tenant_name = _text(_KEY, options.routing_header), _text(_KEY, options.tenant_header)
+        self._removed = {
+            (routed, named): _removals(options, routed=routed, named=named)
+            for routed in (False, True)
+            for named in (False, True)
+        }
+        self._denied = {reason: _Denial.build(reason, options) for reason in Reason}
+        self._reasons = {reason: _fact("reason", reason) for reason in Reason}
+        self._revision: tuple[int, bytes] = (0, _revision_fact(0))
+
+    def write(self, decision: Decision, *, request_id: str, revision: int) -> bytes:
+        """Return the CheckResponse for a decision.
+
+        Args:
+            decision: what was decided.
+            request_id: the value of x-request-id, whoever wrote it: shown to the client only if it looks like an id.
+            revision: of the snapshot that the decision was made from; 0 when it needed none.
+        """
+        metadata = _field(_DYNAMIC_METADATA, self._facts(decision, revision))
+        if isinstance(decision, Allowed):
+            return _STATUS_OK + _field(_OK_RESPONSE, self._allowed(decision)) + metadata
+        return _STATUS_DENIED + _field(_DENIED_RESPONSE, self._denied[decision.reason].of(request_id)) + metadata
+
+    def _allowed(self, decision: Allowed) -> bytes:
+        instance, tenant = decision.instance, decision.tenant
+        payload = self._removed[instance is not None, tenant is not None]
+        if instance is not None:
+            payload += _overwrite(self._routing_name, instance)
+        if tenant is not None:
+            payload += _overwrite(self._tenant_name, tenant)
+        return payload
+
+    def _facts(self, decision: Decision, revision: int) -> bytes:
+        """Return what access logs get to know, whatever the client does; facts that a decision lacks are left out."""
+        if self._revision[0] != revision:
+            self._revision = (revision, _revision_fact(revision))
+        facts = [self._revision[1], self._reasons[decision.reason]]
+        if decision.client_address is not None:
+            facts.append(_fact("client_address", str(decision.client_address)))
+        if decision.tenant is not None:
+            facts.append(_fact("tenant", decision.tenant))
+        if isinstance(decision, Allowed):
+            facts.append(_OUTCOME_OK)
+            if decision.instance is not None:
+                facts += (_fact("instance", decision.instance), _AFFINITIES[decision.affinity])
+        else:
+            facts.append(_OUTCOME_DENIED)
+        if deciding := decision.deciding:
+            facts.append(_fact("scope", deciding.scope))
+            if deciding.match:
+                facts.append(_fact("list", deciding.match.list_name))
+                facts.append(_fact("entry", str(deciding.match.entry.network)))
+        shadow = [
+            _field(_LIST_ITEM, _text(_STRING_VALUE, f"{outcome.scope}:{outcome.reason}"))
+            for outcome in decision.scopes
+            if outcome.enforcement is Enforcement.SHADOW and outcome.denies
+        ]
+        if shadow:
+            facts.append(_fact_of("shadow", _field(_LIST_VALUE, b"".join(shadow))))
+        return b"".join(facts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Denial:
+    """What a client gets for one reason: a problem document (RFC 9457) that no cache keeps."""
+
+    anonymous: bytes
+    """The DeniedHttpResponse without a request id."""
+    head: bytes
+    """The DeniedHttpResponse up to its body."""
+    body: tuple[bytes, bytes]
+    """The body before and after the request id."""
+
+    @classmethod
+    def build(cls, reason: Reason, options: ResponseOptions) -> Self:
+        status = options.status_of(reason)
+        headers = [("content-type", "application/problem+json"), ("cache-control", "no-store")]
+        if status is HTTPStatus.SERVICE_UNAVAILABLE:
+            headers.append(("retry-after", str(options.retry_after_seconds)))
+        head = _field(_HTTP_STATUS, _STATUS_CODE + _varint(status))
+        head += b"".join(_overwrite(_text(_KEY, name), value) for name, value in headers)
+        problem: dict[str, str | int] = {"type": "about:blank", "title": status.phrase, "status": status.value}
+        if options.show_reason:
+            problem["reason"] = reason
+        body = json.dumps(problem).encode()
+        return cls(head + _field(_BODY, body), head, (body[:-1] + b', "request_id": "', b'"}'))
+
+    def of(self, request_id: str) -> bytes:
+        """Return the DeniedHttpResponse. Nothing that matches the pattern needs escaping in JSON."""
+        if not _REQUEST_ID.fullmatch(request_id):
+            return self.anonymous
+        return self.head + _field(_BODY, self.body[0] + request_id.encode() + self.body[1])
 
 
 @cache
@@ -117,63 +212,66 @@ def _is_denied_status(status: int) -> bool:
     return 400 <= status <= 511 and status in list(HTTPStatus) and status not in _UNKNOWN_TO_ENVOY
 
 
-def _write_allowed(ok: ext_authz_pb2.OkHttpResponse, decision: Allowed, options: ResponseOptions) -> None:
-    for name, value in ((options.routing_header, decision.instance), (options.tenant_header, decision.tenant)):
-        if value is None:
-            ok.headers_to_remove.append(name)
-        else:
-            _overwrite(ok, name, value)
-        ok.headers_to_remove.extend(underscore_spellings(name))
+def _removals(options: ResponseOptions, *, routed: bool, named: bool) -> bytes:
+    """Return the fields that remove our headers, but for those which the answer sets."""
+    names = [
+        *(() if routed else (options.routing_header,)),
+        *(() if named else (options.tenant_header,)),
+        *underscore_spellings(options.routing_header),
+        *underscore_spellings(options.tenant_header),
+    ]
+    return b"".join(_text(_HEADERS_TO_REMOVE, name) for name in names)
 
 
-def _write_denied(
-    denied: ext_authz_pb2.DeniedHttpResponse, reason: Reason, request_id: str, options: ResponseOptions
-) -> None:
-    """Write what the client gets: a problem document (RFC 9457) that no cache keeps."""
-    status = options.status_of(reason)
-    problem: dict[str, str | int] = {"type": "about:blank", "title": status.phrase, "status": status.value}
-    if _REQUEST_ID.fullmatch(request_id):
-        problem["request_id"] = request_id
-    if options.show_reason:
-        problem["reason"] = reason
-    denied.status.code = status
-    denied.body = json.dumps(problem)
-    _overwrite(denied, "content-type", "application/problem+json")
-    _overwrite(denied, "cache-control", "no-store")
-    if status is HTTPStatus.SERVICE_UNAVAILABLE:
-        _overwrite(denied, "retry-after", str(options.retry_after_seconds))
-
-
-def _overwrite(answer: ext_authz_pb2.OkHttpResponse | ext_authz_pb2.DeniedHttpResponse, name: str, value: str) -> None:
-    """Add a header that replaces any of the same name.
+def _overwrite(name: bytes, value: str) -> bytes:
+    """Return a header that replaces any of the same name, which is given as an encoded key.
 
     The action is said explicitly: unset, it would keep the client's value beside ours, and the older field `append`
     means different things to different versions of Envoy.
     """
-    option = answer.headers.add(append_action=ext_authz_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD)
-    option.header.key = name
-    option.header.value = value
+    return _field(_HEADERS, _field(_HEADER, name + _text(_HEADER_VALUE, value)) + _OVERWRITE_IF_EXISTS_OR_ADD)
 
 
-def _write_metadata(check_response: ext_authz_pb2.CheckResponse, decision: Decision, revision: int) -> None:
-    """Write what access logs get to know, whatever the client does; facts that a decision lacks are left out."""
-    facts = {"outcome": "ok" if isinstance(decision, Allowed) else "denied", "reason": str(decision.reason)}
-    if decision.client_address is not None:
-        facts["client_address"] = str(decision.client_address)
-    if decision.tenant is not None:
-        facts["tenant"] = decision.tenant
-    if isinstance(decision, Allowed) and decision.instance is not None:
-        facts["instance"] = decision.instance
-        facts["affinity"] = decision.affinity
-    if deciding := decision.deciding:
-        facts["scope"] = deciding.scope
-        if deciding.match:
-            facts["list"] = deciding.match.list_name
-            facts["entry"] = str(deciding.match.entry.network)
-    fields = check_response.dynamic_metadata.fields
-    for name, value in facts.items():
-        fields[name].string_value = value
-    fields["revision"].number_value = revision
-    for outcome in decision.scopes:
-        if outcome.denies and outcome.enforcement is Enforcement.SHADOW:
-            fields["shadow"].list_value.values.add(string_value=f"{outcome.scope}:{outcome.reason}")
+def _fact(name: str, value: str) -> bytes:
+    return _fact_of(name, _text(_STRING_VALUE, value))
+
+
+def _revision_fact(revision: int) -> bytes:
+    return _fact_of("revision", _NUMBER_VALUE + struct.pack("<d", revision))
+
+
+def _fact_of(name: str, value: bytes) -> bytes:
+    """Return an entry of a google.protobuf.Struct, given the field of google.protobuf.Value that holds its value."""
+    return _field(_MAP_ENTRY, _KEYS[name] + _field(_VALUE, value))
+
+
+def _text(tag: bytes, value: str) -> bytes:
+    return _field(tag, value.encode())
+
+
+def _field(tag: bytes, value: bytes) -> bytes:
+    size = len(value)
+    return tag + (_LENGTHS[size] if size < 128 else _varint(size)) + value
+
+
+def _varint(number: int) -> bytes:
+    """Return a number as protocol buffers write it: seven bits a byte, lowest first, all but the last marked."""
+    encoded = bytearray()
+    while number > 127:
+        encoded.append(number & 127 | 128)
+        number >>= 7
+    encoded.append(number)
+    return bytes(encoded)
+
+
+_LENGTHS = tuple(bytes((size,)) for size in range(128))
+"""Lengths that fit into one byte."""
+_KEYS = {
+    name: _text(_KEY, name)
+    for name in (
+        *("revision", "reason", "outcome", "client_address", "tenant", "instance", "affinity"),
+        *("scope", "list", "entry", "shadow"),
+    )
+}
+_OUTCOME_OK, _OUTCOME_DENIED = _fact("outcome", "ok"), _fact("outcome", "denied")
+_AFFINITIES = {affinity: _fact("affinity", affinity) for affinity in Affinity}

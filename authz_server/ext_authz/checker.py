@@ -9,14 +9,15 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from authz_server.ext_authz.check_request import BadCheckRequestError, read_check_request
-from authz_server.ext_authz.check_response import ResponseOptions, write_check_response
+from authz_server.ext_authz.check_response import ResponseOptions, ResponseWriter
 from authz_server.policy.attributes import RequestAttributes
 from authz_server.policy.decision import Decision, Denied, decide
 from authz_server.policy.reasons import Reason
 from authz_server.policy.snapshot import Snapshot
-from authz_server.policy.tenant import SourceKind
+from authz_server.policy.tenant import SourceKind, TenantSource
 
 _log = logging.getLogger(__name__)
 
@@ -62,15 +63,13 @@ class Checker:
             clock: returns seconds since the Unix epoch, for entries that expire.
         """
         self._current = current
-        self._options = options
+        self._writer = ResponseWriter(options)
         self._max_request_bytes = max_request_bytes
         self._observe = observe
         self._clock = clock
         # Written beforehand, so that nothing of a request can make this answer fail too.
         self._internal_error = Denied(Reason.INTERNAL_ERROR)
-        self._internal_error_answer = write_check_response(
-            self._internal_error, request_id="", revision=0, options=options
-        )
+        self._internal_error_answer = self._writer.write(self._internal_error, request_id="", revision=0)
         self._observer_failed = False
 
     def check(self, data: bytes) -> bytes:
@@ -96,6 +95,7 @@ class Checker:
 
     def _answer(self, data: bytes) -> tuple[bytes, Decision, RequestAttributes | None, int]:
         snapshot = self._current()
+        sources = snapshot.options.tenant_sources if snapshot else ()
         attributes: RequestAttributes | None = None
         revision = 0
         decision: Decision
@@ -103,7 +103,7 @@ class Checker:
             decision = Denied(Reason.REQUEST_TOO_LARGE)
         else:
             try:
-                attributes = read_check_request(data, _tenant_headers(snapshot))
+                attributes = read_check_request(data, _tenant_headers(sources))
             except BadCheckRequestError:
                 decision = Denied(Reason.BAD_REQUEST)
             else:
@@ -112,7 +112,7 @@ class Checker:
                 revision = snapshot.revision
                 decision = decide(attributes, snapshot, self._clock())
         request_id = attributes.request_id if attributes else ""
-        answer = write_check_response(decision, request_id=request_id, revision=revision, options=self._options)
+        answer = self._writer.write(decision, request_id=request_id, revision=revision)
         return answer, decision, attributes, revision
 
     def _tell(self, checked: Checked) -> None:
@@ -124,7 +124,6 @@ class Checker:
                 _log.exception("checks are answered but not observed any more, or not all of them")
 
 
-def _tenant_headers(snapshot: Snapshot | None) -> frozenset[str]:
-    if snapshot is None:
-        return frozenset()
-    return frozenset(source.name for source in snapshot.options.tenant_sources if source.kind is SourceKind.HEADER)
+@lru_cache(maxsize=8)
+def _tenant_headers(sources: tuple[TenantSource, ...]) -> frozenset[str]:
+    return frozenset(source.name for source in sources if source.kind is SourceKind.HEADER)

@@ -5,7 +5,7 @@ block of the same scope, and of no other. Over the scopes that apply, each enfor
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from string import ascii_lowercase, ascii_uppercase
 
@@ -82,10 +82,16 @@ class Scope:
     block_lists: tuple[str, ...] = ()
     """Lists by name, beside the scope's own block list."""
 
-    def lists(self, side: Side) -> tuple[str, ...]:
-        """Return the names of the lists on one side, the scope's own first."""
-        named = self.allow_lists if side is Side.ALLOW else self.block_lists
-        return (own_list(self.name, side), *named)
+    lists: Mapping[Side, tuple[str, ...]] = field(init=False, repr=False, compare=False)
+    """The names of the lists on each side, the scope's own first."""
+
+    def __post_init__(self) -> None:
+        """Name the lists once: every check asks for them."""
+        lists = {
+            Side.ALLOW: (own_list(self.name, Side.ALLOW), *self.allow_lists),
+            Side.BLOCK: (own_list(self.name, Side.BLOCK), *self.block_lists),
+        }
+        object.__setattr__(self, "lists", lists)
 
 
 def own_list(scope_name: str, side: Side) -> str:
@@ -156,8 +162,8 @@ class ScopeOutcome:
 
 def judge(scope: Scope, tables: Mapping[str, EntryTable], address: Address, now: float) -> ScopeOutcome:
     """Say what a scope makes of an address at `now` (seconds since the Unix epoch)."""
-    allow = _longest_match(scope.lists(Side.ALLOW), tables, address, now)
-    block = _longest_match(scope.lists(Side.BLOCK), tables, address, now)
+    allow = _longest_match(scope.lists[Side.ALLOW], tables, address, now)
+    block = _longest_match(scope.lists[Side.BLOCK], tables, address, now)
     if block and (allow is None or _length(block) >= _length(allow)):
         return ScopeOutcome(scope.name, scope.enforcement, Reason.BLOCKED, block)
     if allow:

@@ -12,8 +12,8 @@ from support.envoy_api import auth, core, envoy_type
 from authz_server.ext_authz.check_response import (
     DEFAULT_DENIED_STATUS,
     ResponseOptions,
+    ResponseWriter,
     underscore_spellings,
-    write_check_response,
 )
 from authz_server.policy.access import Enforcement, Entry, ListMatch, ScopeOutcome
 from authz_server.policy.addresses import Address, Network, parse_address, parse_network
@@ -82,7 +82,7 @@ def read(answer: bytes) -> auth.CheckResponse:
 
 
 def written(decision: Decision, *, request_id: str = "", **fields: object) -> auth.CheckResponse:
-    return read(write_check_response(decision, request_id=request_id, revision=7, options=ResponseOptions(**fields)))
+    return read(ResponseWriter(ResponseOptions(**fields)).write(decision, request_id=request_id, revision=7))
 
 
 def set_headers(options: list[core.HeaderValueOption]) -> dict[str, str]:
@@ -102,7 +102,7 @@ def metadata(check_response: auth.CheckResponse) -> dict[str, object]:
 @settings(max_examples=100, deadline=None)
 @given(allowed, options, st.integers(0, 2**53))
 def test_envoy_reads_an_allowed_answer_as_it_was_meant(decision: Allowed, made: ResponseOptions, revision: int) -> None:
-    check_response = read(write_check_response(decision, request_id="id", revision=revision, options=made))
+    check_response = read(ResponseWriter(made).write(decision, request_id="id", revision=revision))
     assert check_response.status.code == 0
     assert check_response.denied_response is None
     assert check_response.error_response is None
@@ -125,7 +125,7 @@ def test_envoy_reads_an_allowed_answer_as_it_was_meant(decision: Allowed, made: 
 @settings(max_examples=100, deadline=None)
 @given(denied, options, st.text(st.characters(exclude_categories=["Cs"]), max_size=150) | st.uuids().map(str))
 def test_envoy_reads_a_denied_answer_as_it_was_meant(decision: Denied, made: ResponseOptions, request_id: str) -> None:
-    check_response = read(write_check_response(decision, request_id=request_id, revision=9, options=made))
+    check_response = read(ResponseWriter(made).write(decision, request_id=request_id, revision=9))
     assert check_response.status.code == 7
     assert check_response.ok_response is None
     response = check_response.denied_response

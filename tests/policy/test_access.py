@@ -140,8 +140,8 @@ def test_names_of_scopes_and_their_lists() -> None:
     assert (tenant_scope("acme"), resource_scope("docs")) == ("tenant:acme", "resource:docs")
     assert own_list("tenant:acme", Side.BLOCK) == "tenant:acme/block"
     scope = Scope("global", allow_lists=("office",), block_lists=("feed", "abuse"))
-    assert scope.lists(Side.ALLOW) == ("global/allow", "office")
-    assert scope.lists(Side.BLOCK) == ("global/block", "feed", "abuse")
+    assert scope.lists[Side.ALLOW] == ("global/allow", "office")
+    assert scope.lists[Side.BLOCK] == ("global/block", "feed", "abuse")
 
 
 HOSTS = {

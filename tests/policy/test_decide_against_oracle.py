@@ -69,7 +69,7 @@ FAULTS = {
         "                best = ListMatch(list_name, entry)\n                break",
         "                best = ListMatch(list_name, entry)\n            break",
     ),
-    "named-lists-ignored": ("access", "own_list(self.name, side), *named)", "own_list(self.name, side),)"),
+    "named-lists-ignored": ("access", "*self.allow_lists)", ")"),
     "only-the-first-list-searched": ("access", "if best and prefix_length <= _length(best)", "if best"),
     "of-equal-entries-the-last-list": ("access", "prefix_length <= _length(best)", "prefix_length < _length(best)"),
     "restricted-taken-for-open": ("access", "if scope.mode is Mode.RESTRICTED", "if scope.mode is None"),
