@@ -9,10 +9,10 @@ LOCK := $(BIN)/uv pip compile --quiet $(UPGRADE) --universal --python-version 3.
 GENERATED := authz_server/ext_authz/_generated
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit lint format types protos readme check-generated lock clean
+.PHONY: help setup demo test test-unit bench lint format types protos readme check-generated lock clean
 
 help: ## Show what can be made
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: $(READY) ## Create .venv with the locked dependencies
 
@@ -30,6 +30,10 @@ test: $(READY) ## Run all tests (real Envoy and Valkey on the loopback)
 
 test-unit: $(READY) ## Run the tests that open no socket
 	$(BIN)/python -m pytest -m "not integration"
+
+bench: $(READY) ## Measure (minutes; needs h2load and wrk): the match table and the transport; loadtest/NOTES.md
+	$(BIN)/python -m loadtest.match_table
+	for part in cpu overload hostile resets drain; do $(BIN)/python -m loadtest.$$part grpcio || exit 1; done
 
 lint: $(READY) ## Check format, lint and types
 	$(BIN)/ruff format --check .

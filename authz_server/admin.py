@@ -105,6 +105,8 @@ def open_socket(host: str, port: int) -> socket.socket:
         return socket.create_server(address, family=family, dualstack_ipv6=dual_stack)
     except socket.gaierror as error:
         raise CannotListenError(f"cannot listen on host {host}: {error.strerror}") from None
+    except UnicodeError:  # what the codec of host names raises for a label of more than 63 characters
+        raise CannotListenError(f"cannot listen on host {host}: it is not a host name") from None
     except OSError as error:
         raise CannotListenError(f"cannot listen on host {host}, port {port}: {os.strerror(error.errno or 0)}") from None
 

@@ -38,6 +38,9 @@ def set_up_logging(level: str, log_format: Literal["auto", "json", "console"]) -
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    # grpcio logs, with a trace, every metadata value that is not UTF-8. Clients can write some of them (`tracestate`).
+    cygrpc = logging.getLogger("grpc._cython.cygrpc")
+    cygrpc.filters[:] = [_is_not_about_metadata]
     # uvicorn tells at `info` that it starts and stops; the server's own lines say that better.
     logging.getLogger("uvicorn").setLevel(max(root.level, logging.WARNING))
     structlog.configure(
@@ -50,3 +53,7 @@ def set_up_logging(level: str, log_format: Literal["auto", "json", "console"]) -
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=False,  # a later call, as in tests, takes effect
     )
+
+
+def _is_not_about_metadata(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Invalid encoding on")

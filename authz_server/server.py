@@ -5,6 +5,7 @@ the follower and the store; the admin port last, so that it can be asked until t
 """
 
 import asyncio
+import logging
 import math
 import os
 import signal
@@ -32,6 +33,7 @@ EXIT_FAILED = 1
 
 FAULT_SECONDS = 1.0
 """At most one internal error in this time is logged: clients may be able to provoke them."""
+_CANCEL_AGAIN_SECONDS = 0.1
 _RECORDS_LOGGED = 50
 """Of the records that a change touches, so many are named in the log; the store's history names all."""
 
@@ -147,12 +149,18 @@ class StatusWatch:
         else:
             detail = f"not loaded: {status.problem}"
         if status.loads != self._last.loads and snapshot:
-            _log.info(
-                "snapshot loaded",
+            before = self._last.position
+            replaced = before is not None and before.epoch != snapshot.epoch
+            # Another epoch is another policy: restored, or made anew and empty, and perhaps not by intent.
+            _log.log(
+                logging.WARNING if replaced else logging.INFO,
+                "the policy was replaced by another" if replaced else "snapshot loaded",
                 epoch=snapshot.epoch,
                 revision=snapshot.revision,
                 counts=snapshot.counts(),
                 degraded_scopes=snapshot.degraded_scopes(),
+                epoch_before=before.epoch if before else None,
+                revision_before=before.revision if before else None,
             )
         if (status.connected, status.problem) != (self._last.connected, self._last.problem):
             if status.connected:
@@ -231,8 +239,10 @@ async def _stop_admin(admin: AdminServer, task: asyncio.Task[None]) -> None:
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.wait({task})
+    # More than once: asyncio.wait_for of Python 3.11, which redis-py sends by, can swallow a cancellation (gh-86296).
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=_CANCEL_AGAIN_SECONDS)
 
 
 def _missing(health: HealthState) -> dict[str, str]:

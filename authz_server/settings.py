@@ -140,7 +140,7 @@ def _redis_url(secret: SecretStr) -> SecretStr:
         raise ValueError("names no host: write redis://host:port/database")
     if url.scheme != "unix" and url.path.strip("/") and not url.path.strip("/").isdecimal():
         raise ValueError("what follows the host must be a database number, such as /0")
-    if {"username", "password"} & parse_qs(url.query).keys():
+    if any("username" in name or "password" in name for name in parse_qs(url.query, keep_blank_values=True)):
         raise ValueError("write user and password before the host (user:password@host) or as settings, not as ?...")
     if url.password == HIDDEN:
         raise ValueError(f"{HIDDEN} is how print-config hides the password: put the password itself there")
@@ -290,7 +290,7 @@ class Settings(BaseSettings):
     )
     max_snapshot_age_seconds: Annotated[float | None, BeforeValidator(_none_if_empty)] = Field(
         None,
-        gt=0,
+        ge=1,
         allow_inf_nan=False,
         description="When the store was not heard of for so long, answer UNAVAILABLE; unset: decide from the last "
         "snapshot however old",
@@ -520,11 +520,16 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
                 problems.append(f"{where}: is there twice, first as {written[name]}")
             else:
                 written[name] = where
-                values[name] = loader.construct_object(value_node, deep=True)
+                try:
+                    values[name] = loader.construct_object(value_node, deep=True)
+                except (ValueError, LookupError, TypeError):  # PyYAML lets these through: a date 2026-99-99, `!!int x`
+                    problems.append(f"{where}: is not plain YAML: a value may need quotes")
     except OSError as error:
         return {}, {}, [f"{path}: cannot be read: {error.strerror}"]
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         return {}, {}, [f"{path}{_where_not_yaml(error)}"]
+    except RecursionError:
+        return {}, {}, [f"{path}: is not plain YAML: it is nested too deeply"]
     return values, written, problems
 
 

@@ -156,3 +156,5 @@ def test_open_socket_says_why_it_cannot() -> None:
             open_socket("127.0.0.1", port)
     with pytest.raises(CannotListenError, match=r"cannot listen on host 192\.0\.2\.1, port 0: Cannot assign"):
         open_socket("192.0.2.1", 0)
+    with pytest.raises(CannotListenError, match="it is not a host name"):
+        open_socket("a" * 64, 0)

@@ -89,3 +89,12 @@ def test_formats(
     assert text.startswith("{") is json_expected
     assert ("\x1b[" in text) is (terminal and not json_expected), "colours only for people at a terminal"
     assert "127.0.0.1:9000" in text
+
+
+def test_what_clients_write_into_metadata_does_not_fill_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    """grpcio logs each such value with a trace, and clients can write some of them through Envoy."""
+    set_up_logging("info", "json")
+    grpcio = logging.getLogger("grpc._cython.cygrpc")
+    grpcio.error("Invalid encoding on 'tracestate' header")
+    grpcio.error("something else")
+    assert [json.loads(line)["event"] for line in capsys.readouterr().err.splitlines()] == ["something else"]

@@ -84,6 +84,17 @@ class TestStatusWatch:
         assert not ready
         assert "too old" in detail
 
+    def test_another_epoch_is_said_aloud(self) -> None:
+        """Whoever ran `authzctl init` on a Redis that lost its data has to hear of it."""
+        watched = Watched(snapshot=Snapshot("e", 7))
+        watched.tell(RefresherStatus(connected=True, problem="", position=POSITION, loads=1))
+        watched.snapshot = Snapshot("another", 1)
+        with capture_logs() as logs:
+            watched.watch(RefresherStatus(connected=True, problem="", position=Position("another", 1, "c"), loads=2))
+        [line] = logs
+        assert (line["log_level"], line["event"]) == ("warning", "the policy was replaced by another")
+        assert (line["epoch_before"], line["epoch"]) == ("e", "another")
+
 
 class TestObserver:
     """Faults are logged, and clients that provoke them cannot flood the log."""
@@ -242,7 +253,7 @@ class TestProcess:
 
     def test_a_snapshot_that_is_too_old_is_not_served(self, lasting_valkey: Valkey, tmp_path: Path) -> None:
         init_policy(lasting_valkey.url)
-        environ = {"AUTHZ_REDIS_URL": lasting_valkey.url, "AUTHZ_MAX_SNAPSHOT_AGE_SECONDS": "0.6"}
+        environ = {"AUTHZ_REDIS_URL": lasting_valkey.url, "AUTHZ_MAX_SNAPSHOT_AGE_SECONDS": "1"}
         with ServerProcess(tmp_path, environ) as server:
             server.wait_ready()
             lasting_valkey.stop()

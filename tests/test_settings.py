@@ -178,7 +178,7 @@ def test_what_only_looks_like_kubernetes_own_is_a_mistake(monkeypatch: pytest.Mo
         ("AUTHZ_DENIED_STATUS", "", {}),
         ("AUTHZ_DENIED_STATUS", " blocked = 404 ", {Reason.BLOCKED: 404}),
         ("AUTHZ_MAX_SNAPSHOT_AGE_SECONDS", "", None),
-        ("AUTHZ_MAX_SNAPSHOT_AGE_SECONDS", "0.5", 0.5),
+        ("AUTHZ_MAX_SNAPSHOT_AGE_SECONDS", "1.5", 1.5),
         ("AUTHZ_TLS_CERTIFICATE", "", None),
         ("AUTHZ_SHOW_REASON", "yes", True),
         ("AUTHZ_MAX_REQUEST_BYTES", "8388608", 8388608),

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from authz_server.demo.processes import ChildFailedError
 from authz_server.demo.stage import Stage
 from authz_server.demo.tour import NIGHT_SCRAPER, OFFICE, POLICY, VISITOR, Act, acts
 
@@ -51,6 +52,9 @@ def main() -> int:
     except KeyboardInterrupt:
         console.print("\nStopped; nothing is left running.")
         return 130
+    except (ChildFailedError, RuntimeError) as error:
+        console.print(f"\nThe tour broke off: {error}", style="red", markup=False)
+        return 1
     return 1 if wrong else 0
 
 
@@ -62,7 +66,7 @@ def _print_act(act: Act, console: Console) -> None:
     table.add_column("who", width=max(len(row.who) for row in act.rows))
     table.add_column("asks for", ratio=5, overflow="fold")
     table.add_column("came back", ratio=3)
-    table.add_column("why", ratio=5)
+    table.add_column("why", ratio=5, overflow="fold")
     for row in act.rows:
         mark = Text("✓", "green") if row.ok else Text("✗", "bold red")
         # Text, not markup: a path may contain square brackets.

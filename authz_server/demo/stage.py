@@ -21,6 +21,7 @@ from authz_server.demo.envoy_config import GatewayOptions, gateway_config
 from authz_server.demo.processes import Child, free_port
 from authz_server.demo.upstreams import Upstreams
 from authz_server.demo.valkey import Valkey
+from authz_server.settings import CONFIG_VARIABLE, ENV_PREFIX, Settings
 
 INSTANCES = ("queue-1", "queue-2", "queue-3")
 _HOST = "127.0.0.1"
@@ -130,7 +131,9 @@ class Stage:
 
         Raises RuntimeError with its output when it does not exit with 0.
         """
-        environment = {**self.environment, "AUTHZCTL_ACTOR": "tour"}
+        # The viewer's own settings must not reach the tour: what is not ours is unset.
+        unset = {f"{ENV_PREFIX}{name.upper()}": None for name in Settings.model_fields} | {CONFIG_VARIABLE: None}
+        environment = {**unset, **self.environment, "AUTHZCTL_ACTOR": "tour"}
         result = CliRunner().invoke(authzctl_app, shlex.split(command), env=environment)
         if result.exit_code != 0:
             raise RuntimeError(f"authzctl {command}: exit code {result.exit_code}\n{result.output}")

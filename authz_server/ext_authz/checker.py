@@ -108,7 +108,7 @@ class Checker:
                 decision = Denied(Reason.BAD_REQUEST)
             else:
                 if snapshot is None:
-                    raise CannotDecideError("no policy snapshot has been loaded yet")
+                    raise CannotDecideError("there is no policy snapshot, or it is too old")
                 revision = snapshot.revision
                 decision = decide(attributes, snapshot, self._clock())
         request_id = attributes.request_id if attributes else ""

@@ -100,6 +100,10 @@ class GrpcioTransport:
             ),
             options=(
                 ("grpc.max_receive_message_length", self._max_message_bytes),
+                # Envoy copies a client's `tracestate` (OpenTelemetry) into its own call to us. C-core refuses metadata
+                # from 8 KiB on by chance and from 16 KiB on always, by an RPC error: with fail-open, a way past us.
+                ("grpc.max_metadata_size", self._max_message_bytes),
+                ("grpc.absolute_max_metadata_size", self._max_message_bytes),
                 # Two processes on one port would share its connections, and Envoy has only one for each worker.
                 ("grpc.so_reuseport", 0),
                 ("grpc.http2.min_ping_interval_without_data_ms", _PING_INTERVAL_MS),

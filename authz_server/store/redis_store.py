@@ -326,7 +326,10 @@ class RedisStore:
         if policy_format is None:
             if others:
                 raise self._inconsistent("the meta key, which is gone while others are there")
-            raise NotInitialisedError(f"there is no policy under {self._tag} in {self._where}: run `authzctl init`")
+            raise NotInitialisedError(
+                f"there is no policy under {self._tag} in {self._where}: if there was one, restore it from a backup; "
+                "if not, run `authzctl init`, which makes an empty one that lets everybody in"
+            )
         if policy_format != FORMAT:
             raise self._unknown_format(policy_format)
         if not (epoch and change_id and revision and revision.isdecimal() and records and records.isdecimal()):

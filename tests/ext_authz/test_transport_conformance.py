@@ -102,8 +102,9 @@ class Answer:
     reason: str
 
 
-async def check(channel: grpc.aio.Channel, data: bytes) -> Answer:
-    answer = ext_authz_pb2.CheckResponse.FromString(await channel.unary_unary(CHECK)(data, timeout=DEADLINE_SECONDS))
+async def check(channel: grpc.aio.Channel, data: bytes, metadata: Sequence[tuple[str, str]] = ()) -> Answer:
+    call = channel.unary_unary(CHECK)(data, timeout=DEADLINE_SECONDS, metadata=metadata)
+    answer = ext_authz_pb2.CheckResponse.FromString(await call)
     return Answer(answer.status.code, answer.dynamic_metadata.fields["reason"].string_value)
 
 
@@ -201,6 +202,15 @@ async def test_beyond_the_hard_limit_is_an_rpc_error_and_hurts_nobody_else(serve
             await check(channel, request(padding=32 * MEBIBYTE))
         assert await check(channel, request()) == ALLOWED
     assert len(served.seen) == 1
+
+
+@pytest.mark.parametrize("size", [8 * 1024, 60 * 1024, 8 * MEBIBYTE])
+async def test_metadata_that_a_client_can_write_is_no_rpc_error(serve: Serve, size: int) -> None:
+    """Envoy's tracers copy a client's `tracestate` into their own call to us, and an RPC error may let requests in."""
+    served = await serve()
+    options = [("grpc.max_metadata_size", 2 * size), ("grpc.absolute_max_metadata_size", 2 * size)]
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{served.port}", options=options) as channel:
+        assert await check(channel, request("198.51.100.1"), [("tracestate", "a=" + "b" * size)]) == BLOCKED
 
 
 async def test_calls_at_the_same_time_get_their_own_answers(serve: Serve) -> None:

@@ -12,7 +12,7 @@ from support.proxy import LossyProxy
 
 from authz_server.demo.valkey import Valkey
 from authz_server.policy.affinity import Instance, Tenant
-from authz_server.policy.records import Unreadable
+from authz_server.policy.records import RecordKey, RecordKind, Unreadable
 from authz_server.store.interface import (
     InconsistentStateError,
     NotInitialisedError,
@@ -305,3 +305,27 @@ async def test_results_of_changes_do_not_stay_for_ever(store: RedisStore, client
     applied_id = (await Writer(store).set((Q1, Instance("q1")))).position.change_id
     for each in (change_id, applied_id):
         assert 86_000 < await client.ttl(f"{{{prefix}}}:change:{each}") <= 86_400
+
+
+async def test_a_stream_that_would_refuse_the_event_refuses_the_change_first(
+    store: RedisStore, client: Any, prefix: str
+) -> None:
+    """An entry that somebody added by hand and deleted leaves its id behind: XADD takes none that is lower."""
+    await Writer(store).init()
+    stray = await client.xadd(f"{{{prefix}}}:changes", {"a": "b"}, id="9999-0")
+    await client.xdel(f"{{{prefix}}}:changes", stray)
+    with pytest.raises(InconsistentStateError, match="change stream"):
+        await Writer(store).set((Q1, Instance("q1")))
+    assert await client.hget(f"{{{prefix}}}:instances", "q1") is None
+    assert await client.hget(f"{{{prefix}}}:meta", "revision") == "1"
+
+
+async def test_nothing_is_written_onto_a_collection_that_lost_records(
+    store: RedisStore, client: Any, prefix: str
+) -> None:
+    await Writer(store).init()
+    await Writer(store).set((Q1, Instance("q1")))
+    await client.delete(f"{{{prefix}}}:instances")
+    with pytest.raises(InconsistentStateError, match="0 records instead of 1"):
+        await Writer(store).set((RecordKey(RecordKind.INSTANCE, "q2"), Instance("q2")))
+    assert await client.hlen(f"{{{prefix}}}:instances") == 0

@@ -36,7 +36,15 @@ if not revision or not records or not previous_change then
   return {'inconsistent', 'the fields of the meta key'}
 end
 local newest = redis.call('XREVRANGE', changes, '+', '-', 'COUNT', 1)
-if #newest == 0 or newest[1][1] ~= found[3] .. '-0' then
+local last_id
+if #newest > 0 then
+  local info = redis.call('XINFO', 'STREAM', changes)
+  for i = 1, #info, 2 do
+    if info[i] == 'last-generated-id' then last_id = info[i + 1] end
+  end
+end
+-- The last id given may be that of an entry that somebody deleted: then XADD would refuse ours, after the other writes.
+if #newest == 0 or newest[1][1] ~= found[3] .. '-0' or last_id ~= newest[1][1] then
   return {'inconsistent', 'the change stream, which does not end with revision ' .. found[3]}
 end
 
@@ -46,6 +54,10 @@ for i = 1, collections do
   after[i] = tonumber(text)
   if not after[i] then
     return {'inconsistent', 'the count of ' .. ARGV[FIXED_ARGUMENTS + i] .. ', which is ' .. text}
+  end
+  local there = redis.call('HLEN', KEYS[FIXED_KEYS + i])
+  if there ~= after[i] then
+    return {'inconsistent', ARGV[FIXED_ARGUMENTS + i] .. ': ' .. there .. ' records instead of ' .. text}
   end
 end
 for i = first, #ARGV, PER_RECORD do

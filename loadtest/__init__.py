@@ -1,0 +1,1 @@
+"""Measurements; each prints ratios against a reference of the same run."""

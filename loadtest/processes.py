@@ -1,0 +1,114 @@
+"""The processes of a measurement: the server, and the load generators (real tools of Debian)."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from loadtest.served import build_requests
+
+CHECK = "/envoy.service.auth.v3.Authorization/Check"
+IN_FLIGHT = 64
+CONNECTIONS = 4
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def tool(name: str, package: str) -> str:
+    """The path of a load generator; ends with how to install it when it is missing."""
+    path = shutil.which(name)
+    if path is None:
+        sys.exit(f"{name} is missing: apt-get install {package}")
+    return path
+
+
+class Server:
+    """A measured server in a process of its own, ended when left."""
+
+    def __init__(self, transport: str, answer: str = "real") -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "loadtest.served", transport, answer],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline().split()
+        if len(line) != 2:
+            self._process.kill()
+            raise RuntimeError(
+                f"{transport}: the server did not start: run python -m loadtest.served {transport} {answer}"
+            )
+        self.port, self.answer_bytes = int(line[0]), int(line[1])
+
+    @property
+    def pid(self) -> int:
+        """The server's process id."""
+        return self._process.pid
+
+    def cpu_seconds(self) -> float:
+        """User and system time of all its threads so far."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / _TICKS
+
+    def resident_mib(self, field: str = "VmRSS") -> float:
+        """Memory now (`VmRSS`) or at most so far (`VmHWM`)."""
+        found = re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{self.pid}/status").read_text())
+        return int(found[1]) / 1024 if found else 0.0
+
+    def answers(self) -> int:
+        """How many checks the checker has answered so far."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("answers\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def leave(self) -> None:
+        """Have the transport drain, and the process end after that; without waiting for it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+    def alive(self) -> bool:
+        """Whether the process still runs."""
+        return self._process.poll() is None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.leave()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def run_h2load(server: Server, *options: str) -> str:
+    """Call Check with one message, as the options say, and return h2load's report."""
+    message = build_requests(1)[0]
+    with tempfile.NamedTemporaryFile() as body:
+        body.write(b"\0" + len(message).to_bytes(4, "big") + message)
+        body.flush()
+        call = ("-d", body.name, "-H", "content-type: application/grpc", "-H", "te: trailers")
+        url = f"http://127.0.0.1:{server.port}{CHECK}"
+        command = [tool("h2load", "nghttp2-client"), *options, *call, url]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+
+
+def calls_per_second(server: Server, calls: int) -> float:
+    """Make so many calls, IN_FLIGHT at a time; require that each was answered."""
+    report = run_h2load(server, f"-n{calls}", f"-c{CONNECTIONS}", f"-m{IN_FLIGHT // CONNECTIONS}")
+    rate = re.search(r"finished in .*?, ([\d.]+) req/s", report)
+    succeeded = re.search(r"(\d+) succeeded", report)
+    if rate is None or succeeded is None or int(succeeded[1]) != calls:
+        raise RuntimeError(f"h2load: not every call was answered:\n{report}")
+    return float(rate[1])

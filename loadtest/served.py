@@ -1,0 +1,153 @@
+"""One server to measure, in a process of its own: a transport before a checker that really decides, or a constant.
+
+`python -m loadtest.served TRANSPORT ANSWER` prints its port and the answer's length in bytes, then, for each line on
+its standard input, the number of checks answered so far; it serves until that ends. TRANSPORT is `grpcio`, or
+`module:Class` for one that is only tried, with the constructor of GrpcioTransport; ANSWER is `real` or `constant`.
+"""
+
+import asyncio
+import importlib
+import ipaddress
+import random
+import sys
+from itertools import cycle
+from typing import Any
+
+from authz_server.ext_authz._generated import ext_authz_pb2
+from authz_server.ext_authz.check_response import ResponseOptions
+from authz_server.ext_authz.checker import Checker
+from authz_server.health import ComponentName, HealthState
+from authz_server.metrics import Metrics
+from authz_server.policy.access import Entry, Scope
+from authz_server.policy.addresses import parse_network
+from authz_server.policy.affinity import Instance, Tenant
+from authz_server.policy.records import entry_key, record_key
+from authz_server.policy.snapshot import DecisionOptions, Snapshot, build_snapshot
+
+NETWORKS = 10_000
+TENANTS = 1_000
+REQUESTS = 20_000
+REQUEST_BYTES = 1024
+MAX_REQUEST_BYTES = 1 << 20
+
+TRANSPORTS = {
+    "grpcio": "authz_server.ext_authz.grpcio_transport:GrpcioTransport",
+}
+
+
+def build_request(address: str, tenant: str, path: str) -> bytes:
+    """A check request of about REQUEST_BYTES, such as a browser's request through a gateway makes."""
+    message = ext_authz_pb2.CheckRequest()
+    message.attributes.source.address.socket_address.address = "10.1.2.3"
+    http = message.attributes.request.http
+    http.method, http.host, http.path = "GET", "www.example.com", path
+    headers = {
+        "x-envoy-external-address": address,
+        "x-request-id": "6f1c1f0e-9d6e-4c6d-9b8b-2f6f2a1f0c11",
+        "x-tenant-id": tenant,
+        "user-agent": "Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0",
+        "accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8",
+        "accept-encoding": "gzip, deflate, br",
+        "accept-language": "en-GB,en;q=0.9",
+        "x-forwarded-for": address,
+        "x-forwarded-proto": "https",
+    }
+    for name, value in headers.items():
+        http.headers[name] = value
+    http.headers["cookie"] = "c" * 128
+    http.headers["cookie"] += "c" * (REQUEST_BYTES - message.ByteSize() - 2)  # the lengths around it grow by two bytes
+    data: bytes = message.SerializeToString()
+    return data
+
+
+def build_requests(count: int = REQUESTS) -> list[bytes]:
+    """Distinct check requests: one in ten from a blocked network, tenants and paths mixed."""
+    rng = random.Random(1)
+    return [
+        build_request(
+            str(
+                ipaddress.IPv4Address((100 << 24 if rng.random() < 0.1 else 180 << 24) + rng.randrange(NETWORKS) * 256)
+            ),
+            f"tenant-{rng.randrange(TENANTS)}",
+            f"/app/items/{rng.randrange(10**6):06}?page={number % 9}",
+        )
+        for number in range(count)
+    ]
+
+
+def build_policy() -> Snapshot:
+    """NETWORKS blocked networks, and TENANTS tenants on three instances."""
+    entries = [
+        Entry(parse_network(f"{ipaddress.IPv4Address((100 << 24) + number * 256)}/24"), "abuse", "ann", 1)
+        for number in range(NETWORKS)
+    ]
+    records: list[Any] = [Instance(f"queue-{number}") for number in range(3)]
+    records += [Tenant(f"tenant-{number}", f"queue-{number % 3}") for number in range(TENANTS)]
+    records += [Scope("global")]
+    return build_snapshot(
+        [(entry_key("global/block", entry), entry) for entry in entries]
+        + [(record_key(record), record) for record in records],
+        epoch="e",
+        revision=1,
+        options=DecisionOptions(),
+    )
+
+
+class Constant:
+    """Answers every check with the same bytes."""
+
+    def __init__(self, answer: bytes) -> None:
+        self.answers = 0
+
+        def check(_data: bytes) -> bytes:
+            self.answers += 1
+            return answer
+
+        self.check = check
+
+
+class Distinct:
+    """Has the checker decide about one of many requests in turn: load generators send the same one for ever.
+
+    A request of another length than theirs is passed on as it came.
+    """
+
+    def __init__(self, checker: Checker, requests: list[bytes]) -> None:
+        turns = cycle(requests)
+        length_of_request = len(requests[0])
+
+        self.answers = 0
+
+        def check(data: bytes) -> bytes:
+            self.answers += 1
+            return checker.check(next(turns) if len(data) == length_of_request else data)
+
+        self.check = check
+
+
+async def _serve(transport_name: str, answer: str) -> None:
+    requests = build_requests()
+    snapshot = build_policy()
+    metrics = Metrics()
+    checker = Checker(
+        lambda: snapshot,
+        ResponseOptions(),
+        max_request_bytes=MAX_REQUEST_BYTES,
+        observe=lambda checked: metrics.observe(checked.decision, checked.seconds),
+    )
+    length = len(checker.check(requests[0]))
+    serving: Any = Distinct(checker, requests) if answer == "real" else Constant(checker.check(requests[0]))
+    module, _, name = TRANSPORTS.get(transport_name, transport_name).partition(":")
+    health = HealthState()
+    transport = getattr(importlib.import_module(module), name)(serving, listen="127.0.0.1:0", tls=None, health=health)
+    port = await transport.start()
+    for component in ComponentName:
+        health.set(component, ready=True, detail="measured")
+    print(port, length, flush=True)
+    while await asyncio.to_thread(sys.stdin.readline):
+        print(serving.answers, flush=True)
+    await transport.drain(2)
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve(sys.argv[1], sys.argv[2]))
