@@ -25,6 +25,8 @@ ANY_INSTANCE_CLUSTER = "any"
 AUTHZ_CLUSTER = "authz"
 """Cluster of the authorization server."""
 
+_TRACE_CLUSTER = "traces"
+
 # What the control plane derives from the policy's provider, namespace and name. ext_authz runs when the RBAC filter has
 # left the id of a matching policy, recognised by this prefix, in the metadata.
 _PROVIDER = "authz-server"
@@ -83,6 +85,9 @@ class GatewayOptions:
     """Most request headers; None: Envoy's default, 100."""
     encode_raw_headers: bool = False
     """Send headers to the server as raw bytes, repeated ones repeated (`header_map`), not as one map of strings."""
+    trace_collector: Address | None = None
+    """Trace every request by OpenTelemetry (gRPC) to this collector; None: no tracing. Tracers write headers into the
+    calls to the authorization server too, some of them copied from the client's."""
     listen_host: str = "127.0.0.1"
     """IP address to listen on; the port is chosen by the system."""
 
@@ -118,6 +123,8 @@ def gateway_config(options: GatewayOptions) -> Message:
     }
     if options.strip_routing_header:
         manager["early_header_mutation_extensions"] = [_strip_header(options.routing_header)]
+    if options.trace_collector is not None:
+        manager["tracing"] = {"random_sampling": {"value": 100}, "provider": _tracer()}
     if options.max_request_headers_kb is not None:
         manager["max_request_headers_kb"] = options.max_request_headers_kb
     clusters = [
@@ -125,6 +132,8 @@ def gateway_config(options: GatewayOptions) -> Message:
         *(_cluster(name, [address]) for name, address in _instance_clusters(options)),
         _cluster(ANY_INSTANCE_CLUSTER, options.instances.values()),
     ]
+    if options.trace_collector is not None:
+        clusters.append(_http2(_cluster(_TRACE_CLUSTER, [options.trace_collector])))
     return _bootstrap(_listener(options.listen_host, manager, proxy_protocol=options.proxy_protocol), clusters)
 
 
@@ -279,14 +288,25 @@ def _instance_clusters(options: GatewayOptions) -> list[tuple[str, Address]]:
     return [(f"instance|{name}", address) for name, address in options.instances.items()]
 
 
-def _authz_cluster(options: GatewayOptions) -> Message:
-    cluster = _cluster(AUTHZ_CLUSTER, [options.authz])
-    cluster["typed_extension_protocol_options"] = {
-        "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
-            "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
-            "explicit_http_config": {"http2_protocol_options": {}},
-        }
+def _tracer() -> Message:
+    return _extension(
+        "envoy.tracers.opentelemetry",
+        "config.trace.v3.OpenTelemetryConfig",
+        {"grpc_service": {"envoy_grpc": {"cluster_name": _TRACE_CLUSTER}}, "service_name": "gateway"},
+    )
+
+
+def _http2(cluster: Message) -> Message:
+    options = {
+        "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+        "explicit_http_config": {"http2_protocol_options": {}},
     }
+    name = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+    return {**cluster, "typed_extension_protocol_options": {name: options}}
+
+
+def _authz_cluster(options: GatewayOptions) -> Message:
+    cluster = _http2(_cluster(AUTHZ_CLUSTER, [options.authz]))
     # Finds out that the server's machine is gone. TCP's own probes, not HTTP/2 pings: they are what a DestinationRule
     # can set, and gRPC servers answer pings more frequent than every five minutes with GOAWAY unless told otherwise.
     cluster["upstream_connection_options"] = {

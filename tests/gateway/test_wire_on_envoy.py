@@ -353,3 +353,20 @@ class TestRawHeaders:
             Reason.INVALID_CLIENT_ADDRESS,
             Reason.NO_CLIENT_ADDRESS,
         ]
+
+
+def test_what_a_tracer_copies_from_the_client_is_no_way_past_a_mesh_that_fails_open(
+    running_server: AuthzServer, upstreams: Upstreams
+) -> None:
+    """OpenTelemetry's `tracestate` goes into Envoy's call to us; were it too long there, there would be no decision."""
+    running_server.snapshot = tenants()
+    options = gateway_options(
+        running_server.address, upstreams, failure_mode_allow=True, trace_collector=("127.0.0.1", 9)
+    )
+    traced = ("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
+    with Envoy(gateway_config(options)) as envoy:
+        for size in (100, 9_000, 20_000, 55_000):
+            headers = [traced, ("tracestate", "a=" + "b" * size)]
+            assert ask(envoy.address, "/x", headers=headers, source=BLOCKED_CLIENT).status == 403
+            assert ask(envoy.address, "/x", headers=headers, source=CLIENT).status == 200
+        assert envoy.stats("http.gateway.ext_authz").get("http.gateway.ext_authz.error", 0) == 0
