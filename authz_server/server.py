@@ -74,11 +74,6 @@ async def _serve(settings: Settings, stopping: asyncio.Event, stack: AsyncExitSt
     def current() -> Snapshot | None:
         return refresher.current
 
-    def current_for_check() -> Snapshot | None:
-        if refresher.current is None:
-            metrics.count_unavailable()
-        return refresher.current
-
     def age_seconds() -> float | None:
         return refresher.status.age_seconds(time.monotonic()) if refresher.status.position else None
 
@@ -91,10 +86,11 @@ async def _serve(settings: Settings, stopping: asyncio.Event, stack: AsyncExitSt
         )
     )
     checker = Checker(
-        current_for_check,
+        current,
         _response_options(settings),
         max_request_bytes=settings.max_request_bytes,
         observe=Observer(metrics),
+        observe_unavailable=metrics.count_unavailable,
     )
     transport = GrpcioTransport(checker, listen=settings.listen, tls=_tls_files(settings), health=health)
     admin = AdminServer(

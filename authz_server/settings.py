@@ -495,8 +495,10 @@ def _unknown_variables(environ: Mapping[str, str]) -> list[str]:
     known = {name.upper() for name in Settings.model_fields} | {CONFIG_VARIABLE.removeprefix(ENV_PREFIX)}
     problems = []
     for variable, value in environ.items():
-        name = variable.removeprefix(ENV_PREFIX)
-        if variable.startswith(ENV_PREFIX) and name not in known and not _SERVICE_LINK.fullmatch(f"{name}={value}"):
+        if not variable.upper().startswith(ENV_PREFIX):
+            continue
+        name = variable.upper().removeprefix(ENV_PREFIX)  # letter case does not matter for those that there are
+        if name not in known and not _SERVICE_LINK.fullmatch(f"{name}={value}"):
             problems.append(f"{variable}: there is no such setting{_did_you_mean(name, known, ENV_PREFIX)}")
     return problems
 
@@ -512,7 +514,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
         if root is not None and not isinstance(root, yaml.MappingNode):
             return {}, {}, [f"{path}: must hold `name: value` lines"]
         for key_node, value_node in root.value if root else ():
-            name = str(key_node.value)
+            name = key_node.value if isinstance(key_node, yaml.ScalarNode) else "(not a name)"
             where = f"{path}:{key_node.start_mark.line + 1}: {name}"
             if name not in Settings.model_fields:
                 problems.append(f"{where}: there is no such setting{_did_you_mean(name, Settings.model_fields)}")

@@ -351,3 +351,8 @@ class TestTls:
         (problem,) = problems()
         assert problem.startswith(f"{named}: ")
         assert message in problem
+
+
+def test_a_mistyped_variable_is_a_problem_in_any_letter_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("authz_trusted_peer", "10.0.0.0/8")
+    assert problems() == ["authz_trusted_peer: there is no such setting; did you mean AUTHZ_TRUSTED_PEERS?"]

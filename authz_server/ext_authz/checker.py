@@ -51,6 +51,7 @@ class Checker:
         *,
         max_request_bytes: int,
         observe: Callable[[Checked], None],
+        observe_unavailable: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """Make a checker.
@@ -60,12 +61,14 @@ class Checker:
             options: of the answers.
             max_request_bytes: longer check requests are denied without being decoded.
             observe: gets every answered check. What it raises changes no answer.
+            observe_unavailable: called for every check that ends in CannotDecideError instead. Must not raise.
             clock: returns seconds since the Unix epoch, for entries that expire.
         """
         self._current = current
         self._writer = ResponseWriter(options)
         self._max_request_bytes = max_request_bytes
         self._observe = observe
+        self._observe_unavailable = observe_unavailable
         self._clock = clock
         # Written beforehand, so that nothing of a request can make this answer fail too.
         self._internal_error = Denied(Reason.INTERNAL_ERROR)
@@ -86,6 +89,7 @@ class Checker:
             answer, decision, attributes, revision = self._answer(data)
             error = None
         except CannotDecideError:
+            self._observe_unavailable()
             raise
         except Exception as raised:  # noqa: BLE001  (the one edge: a fault that a request can provoke must deny it)
             answer, decision, attributes, revision = self._internal_error_answer, self._internal_error, None, 0

@@ -18,6 +18,8 @@ from authz_server.policy.reasons import Reason
 
 _PLACEHOLDER = "{tenant}"
 _HEADER_NAME = re.compile(r"[a-z0-9][a-z0-9-]*", re.ASCII)
+_MAX_HEADER_LENGTH = 1024
+"""Characters of a header that names a tenant, a few times over at most; longer ones are not taken apart."""
 _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
 _NOT_IN_QUERY_NAMES = re.compile(r"[\s&;=#?+%\0]")
 _AMPERSAND = re.compile("&")
@@ -119,7 +121,9 @@ def _read(source: TenantSource, attributes: RequestAttributes, path: RequestPath
     match source.kind:
         case SourceKind.HEADER:
             value = attributes.headers.get(source.name)
-            if value is not None:
+            if value is not None and len(value) > _MAX_HEADER_LENGTH:
+                yield value  # as it is: no tenant id
+            elif value is not None:
                 # Repeated headers arrive joined by a comma, so this splits what may be two. Equal ones agree.
                 yield from (part.strip(" \t") for part in value.split(","))
         case SourceKind.QUERY:

@@ -61,6 +61,7 @@ class Bench:
     clock: Callable[[], float] = lambda: 1000.0
     seen: list[Checked] = field(default_factory=list)
     observe: Callable[[Checked], None] | None = None
+    unavailable: int = 0
 
     def checker(self) -> Checker:
         return Checker(
@@ -69,7 +70,11 @@ class Bench:
             max_request_bytes=MAX_REQUEST_BYTES,
             clock=self._now,
             observe=self.observe or self.seen.append,
+            observe_unavailable=self._count_unavailable,
         )
+
+    def _count_unavailable(self) -> None:
+        self.unavailable += 1
 
     def _now(self) -> float:
         return self.clock()
@@ -127,6 +132,9 @@ def test_without_a_snapshot_nothing_is_decided() -> None:
     with pytest.raises(CannotDecideError, match="snapshot"):
         bench.check(request())
     assert bench.seen == []
+    assert bench.unavailable == 1
+    bench.check(GARBAGE)
+    assert bench.unavailable == 1, "that was denied"
 
 
 @pytest.mark.parametrize("snapshot", [SNAPSHOT, None], ids=["with a snapshot", "without a snapshot"])

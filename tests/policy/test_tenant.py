@@ -65,6 +65,7 @@ AMBIGUOUS = {
     "header-and-host": {"header": "acme", "host": "globex.example.com"},
     "host-and-path": {"host": "acme.example.com", "path": "/t/globex/"},
     "header-twice": {"header": "acme,globex"},
+    "header-twice-up-to-a-length": {"header": "acme," * 204 + "acmf"},
     "header-and-empty": {"header": "acme,"},
     "query-twice": {"path": "/?tenant_id=acme&tenant_id=globex"},
     "query-and-empty": {"path": "/?tenant_id=acme&tenant_id"},
@@ -85,6 +86,7 @@ AMBIGUOUS = {
     "good-and-bad": {"header": "acme", "path": "/?tenant_id=ACME"},
 }
 INVALID = {
+    "header-too-long-to-take-apart": {"header": ",".join(["acme"] * 206)},
     "empty-header": {"header": ""},
     "upper-case": {"header": "Acme"},
     "path-traversal": {"header": "../acme"},

@@ -205,7 +205,10 @@ class Oracle:
             kind, pattern = source.split(":", 1)
             if kind == "header":
                 if pattern in request.headers:
-                    yield from (value.strip(" \t") for value in request.headers[pattern].split(","))
+                    header = request.headers[pattern]
+                    yield from (
+                        value.strip(" \t") for value in (header.split(",") if len(header) <= 1024 else [header])
+                    )
             elif kind == "query":
                 for asked in (query, query_in(decoded_text(path)), query_in(decoded_text(decoded_text(path)))):
                     for pair in [*asked.split("&"), *asked.replace(";", "&").split("&")]:
