@@ -1,7 +1,8 @@
 """Carries out wishes: reads what each must know, plans, has dangers confirmed, applies. No I/O but the store's."""
 
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from authz_server.cli.changes import (
@@ -14,7 +15,14 @@ from authz_server.cli.changes import (
     closing_concerns,
     missing_hints,
 )
-from authz_server.cli.failures import BadInputError, ChangedMeanwhileError, UnknownOutcomeError
+from authz_server.cli.failures import (
+    BadInputError,
+    ChangedMeanwhileError,
+    InterruptedWriteError,
+    RefusedError,
+    UnknownOutcomeError,
+)
+from authz_server.policy.records import RecordKey
 from authz_server.policy.snapshot import DecisionOptions, Snapshot, build_snapshot
 from authz_server.store.interface import (
     Change,
@@ -24,12 +32,20 @@ from authz_server.store.interface import (
     EventRecord,
     NotInitialisedError,
     Store,
+    StoredRecord,
     StoreUnavailableError,
     WriteResult,
 )
+from authz_server.store.keys import decode_record
 
 HISTORY_SEARCHED = 1000
 """How many of the newest changes are searched for a change id that is sent again."""
+
+FIRST_LOOK_SECONDS = 10.0
+"""How long a store may be silent before somebody at a terminal is told; the store's own patience is longer."""
+
+WRITE_SECONDS = 15.0
+"""How long a change may be under way before its outcome is called unknown: that leaves the store time to try again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +78,26 @@ class Done:
     notes: tuple[str, ...] = ()
 
 
+async def first_look(store: Store) -> None:
+    """Find out soon whether the store answers; a policy it need not hold. What fails here leaves nothing in doubt.
+
+    Raises:
+        StoreError: it cannot be used; StoreUnavailableError after FIRST_LOOK_SECONDS of silence.
+    """
+    try:
+        async with asyncio.timeout(FIRST_LOOK_SECONDS):
+            with suppress(NotInitialisedError):
+                await store.position()
+    except TimeoutError as error:
+        raise StoreUnavailableError(
+            f"the store does not answer: nothing came back within {FIRST_LOOK_SECONDS:g} seconds"
+        ) from error
+
+
 async def initialise(store: Store, order: Order) -> Done:
     """Create an empty policy (AlreadyInitialisedError: there is one)."""
-    with suppress(NotInitialisedError):
-        await store.position()  # a store that cannot be reached at all leaves nothing in doubt
-    try:
+    async with _outcome_told(order.change_id):
         result = await store.init(actor=order.actor, reason=order.reason, change_id=order.change_id)
-    except StoreUnavailableError as error:
-        raise UnknownOutcomeError(order.change_id, str(error)) from error
     return _done("init", order, result, Plan((), ()))
 
 
@@ -99,6 +127,7 @@ async def carry_out(
             raise BadInputError(
                 [f"the change id {order.change_id!r} belongs to another change: {event.action} by {event.actor}"]
             )
+        await _require_no_more(store, wish, event, order)
         return _repeated(order, event)
 
     known = Known({key: await store.read(key) for key in keys})
@@ -117,9 +146,8 @@ async def carry_out(
         confirm(plan.concerns)
     change = Change(order.change_id, position.epoch, order.actor, order.reason, wish.action, plan.writes, plan.checks)
     try:
-        result = await store.apply(change)
-    except StoreUnavailableError as error:
-        raise UnknownOutcomeError(order.change_id, str(error)) from error
+        async with _outcome_told(order.change_id):
+            result = await store.apply(change)
     except ConflictError as error:
         raise ChangedMeanwhileError(
             [f"{error.key} was changed by somebody else at this moment: look at it, and ask again if it is still right"]
@@ -145,6 +173,52 @@ async def _applied_before(store: Store, change_id: str) -> Event | None:
     """
     events = await store.history(count=HISTORY_SEARCHED)
     return next((event for event in events if event.position.change_id == change_id), None)
+
+
+async def _require_no_more(store: Store, wish: Wish, event: Event, order: Order) -> None:
+    """Refuse a change id that comes back with a wish for more than its change wrote, unless the rest is so already.
+
+    The wish is planned as it was then: on what the change found in the records that it wrote, and on the others as
+    they are now.
+    """
+    found = {record.key: record.previous for record in event.records}
+    others = {key: await store.read(key) for key in dict.fromkeys(wish.keys()) if key not in found}
+    if not others:
+        return
+    before = {
+        key: None if text is None else StoredRecord(decode_record(key, text), text) for key, text in found.items()
+    }
+    lacking: list[RecordKey] = []
+    try:
+        plan = wish.plan(Known(before | others), order.now)
+        lacking += (write.key for write in plan.writes if write.key in others)
+    except MissingEntriesError:  # what is gone is as wished; what is there is not
+        lacking += (key for key, stored in others.items() if stored is not None)
+    except RefusedError as error:
+        raise BadInputError([_other_wish(order, event, problem) for problem in error.problems]) from error
+    if lacking:
+        raise BadInputError([_other_wish(order, event, f"{key} was not part of it") for key in lacking])
+
+
+def _other_wish(order: Order, event: Event, problem: str) -> str:
+    return (
+        f"the change id {order.change_id!r} was applied as revision {event.position.revision}, and this command asks "
+        f"for more: {problem}. Nothing was written now: send it with another change id"
+    )
+
+
+@asynccontextmanager
+async def _outcome_told(change_id: str) -> AsyncIterator[None]:
+    """Say of a write that does not come to its end that nobody knows whether it was applied."""
+    try:
+        async with asyncio.timeout(WRITE_SECONDS):
+            yield
+    except StoreUnavailableError as error:
+        raise UnknownOutcomeError(change_id, str(error)) from error
+    except TimeoutError as error:
+        raise UnknownOutcomeError(change_id, f"no answer came within {WRITE_SECONDS:g} seconds") from error
+    except asyncio.CancelledError as error:  # how asyncio passes on Ctrl-C
+        raise InterruptedWriteError(change_id) from error
 
 
 def _done(action: str, order: Order, result: WriteResult, plan: Plan) -> Done:

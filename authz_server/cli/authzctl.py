@@ -17,7 +17,7 @@ import typer
 from pydantic import SecretStr
 
 from authz_server.cli import inputs
-from authz_server.cli.administration import Done, Order, carry_out, initialise, load_snapshot
+from authz_server.cli.administration import Done, Order, carry_out, first_look, initialise, load_snapshot
 from authz_server.cli.changes import (
     AddInstance,
     AddResource,
@@ -194,6 +194,7 @@ class _Session:
 
         async def answer() -> T:
             async with self.store() as store:
+                await first_look(store)
                 return await question(store)
 
         return asyncio.run(answer())

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 EXIT_CODES = (
     "Exit codes: 0 done (or it was so already); 1 refused, in conflict or not found: nothing was changed; "
-    "2 bad usage or input; 3 the store is unavailable or not initialised."
+    "2 bad usage or input; 3 the store is unavailable or not initialised; 130 interrupted. "
+    "Also 1, with a word on what was done, if the output cannot be written."
 )
 
 
@@ -71,10 +72,25 @@ class NoPolicyError(NoStoreError):
 
 
 class UnknownOutcomeError(NoStoreError):
-    """The store broke off during a write: it may or may not have been applied."""
+    """A write did not come to its end: it may or may not have been applied."""
 
     kind = "outcome_unknown"
 
     def __init__(self, change_id: str, why: str) -> None:
-        super().__init__([f"the store broke off, and it is not known whether the change was applied: {why}"])
+        super().__init__([f"it is not known whether the change was applied: {why}"])
         self.change_id = change_id
+
+
+class InterruptedWriteError(UnknownOutcomeError):
+    """Somebody interrupted the command during a write: it may or may not have been applied."""
+
+    exit_code = 130  # 128 and SIGINT, as shells count
+
+    def __init__(self, change_id: str) -> None:
+        super().__init__(change_id, "interrupted before the answer came")
+
+
+class OutputLostError(AuthzctlError):
+    """What the command found out or did could not be printed."""
+
+    kind = "output_lost"

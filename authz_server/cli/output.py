@@ -1,7 +1,10 @@
 """What `authzctl` prints: tables and sentences for people, JSON with stable keys for scripts."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 
 import typer
@@ -14,11 +17,12 @@ from rich.text import Text
 from authz_server.cli.administration import Done
 from authz_server.cli.changes import Effect, Step
 from authz_server.cli.explanation import Explanation
-from authz_server.cli.failures import AuthzctlError
+from authz_server.cli.failures import AuthzctlError, OutputLostError
 from authz_server.cli.times import show_expiry, show_moment
 from authz_server.policy.access import Enforcement, Entry, NamedList, Resource, Scope, ScopeOutcome
 from authz_server.policy.affinity import Instance, Tenant
 from authz_server.policy.decision import Allowed
+from authz_server.policy.reasons import Reason
 from authz_server.policy.records import Record, RecordKey, RecordKind, Unreadable
 
 Json = str | int | float | bool | None | Sequence["Json"] | Mapping[str, "Json"]
@@ -44,15 +48,49 @@ class OutputFormat(StrEnum):
     JSON = "json"
 
 
+@contextmanager
+def _printing(done: str = "") -> Iterator[None]:
+    """Say that standard output takes nothing more (a full disk, a reader that left); `done` is what must not be lost.
+
+    Raises:
+        OutputLostError: it takes nothing more.
+    """
+    try:
+        yield
+    except OSError as error:
+        # What is still in the buffer would fail once more when Python ends.
+        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 - os.devnull is no path of ours
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        lost = f"the output could not be written: {error.strerror or error}"
+        raise OutputLostError([f"{lost}. {done}" if done else lost]) from error
+
+
+class _Console(Console):
+    """A console that does not end the program when the reader of a pipe has left: `_printing` says it."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # noqa: PLE0704 - called by rich while it handles the BrokenPipeError
+
+
 def print_json(value: Json) -> None:
-    """Print one JSON document to standard output."""
+    """Print one JSON document to standard output (OutputLostError: it cannot be written)."""
+    with _printing():
+        _echo_json(value)
+
+
+def _echo_json(value: Json) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+@_printing()
 def print_table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], *, empty: str, wrapped: Sequence[str] = ()
 ) -> None:
-    """Print rows for people, or the sentence `empty` when there are none; only `wrapped` columns wrap willingly."""
+    """Print rows for people, or the sentence `empty` when there are none; only `wrapped` columns wrap willingly.
+
+    Raises:
+        OutputLostError: they cannot be written.
+    """
     console = _console()
     if not rows:
         console.print(plain(empty))
@@ -72,10 +110,15 @@ def print_table(
 
 
 def print_done(done: Done, output: OutputFormat) -> None:
-    """Print what became of a wish."""
-    if output is OutputFormat.JSON:
-        print_json(done_json(done))
-        return
+    """Print what became of a wish (OutputLostError: it cannot be written; the error says what became of it)."""
+    with _printing(_summary(done)):
+        if output is OutputFormat.JSON:
+            _echo_json(done_json(done))
+        else:
+            _print_done_for_people(done)
+
+
+def _print_done_for_people(done: Done) -> None:
     console = _console()
     width = max((len(step.effect) for step in done.steps), default=0)
     for step in done.steps:
@@ -83,12 +126,15 @@ def print_done(done: Done, output: OutputFormat) -> None:
         console.print(line)
     for note in done.notes:
         console.print(Text.assemble(("note: ", "yellow"), plain(note)))
+    console.print(plain(_summary(done)))
+
+
+def _summary(done: Done) -> str:
     if not done.changed:
-        console.print(plain(f"Nothing to do for {done.action}: it is so already (revision {done.revision})."))
-    elif done.repeated:
-        console.print(plain(f"{done.action} was applied before, as revision {done.revision}; nothing was written now."))
-    else:
-        console.print(plain(f"Done: {done.action} is revision {done.revision}, change id {done.order.change_id}."))
+        return f"Nothing to do for {done.action}: it is so already (revision {done.revision})."
+    if done.repeated:
+        return f"{done.action} was applied before, as revision {done.revision}; nothing was written now."
+    return f"Done: {done.action} is revision {done.revision}, change id {done.order.change_id}."
 
 
 def done_json(done: Done) -> dict[str, Json]:
@@ -139,8 +185,9 @@ def print_concerns(concerns: Iterable[str]) -> None:
         console.print(Text.assemble(("careful: ", "bold yellow"), plain(concern)))
 
 
+@_printing()
 def print_explanation(explanation: Explanation, output: OutputFormat) -> None:
-    """Print a decision and what it came from."""
+    """Print a decision and what it came from (OutputLostError: it cannot be written)."""
     if output is OutputFormat.JSON:
         print_json(explanation_json(explanation))
         return
@@ -156,7 +203,7 @@ def print_explanation(explanation: Explanation, output: OutputFormat) -> None:
     facts.add_column(overflow="fold")
     host = f" on {attributes.host}" if attributes.host else ""
     for name, value in (
-        ("client address", str(decision.client_address or f"none that can be read ({attributes.external_address})")),
+        ("client address", _address_text(explanation)),
         ("request", f"{attributes.method} {attributes.path}{host}"),
         ("tenant", _tenant_text(explanation)),
         ("instance", _instance_text(explanation)),
@@ -264,7 +311,7 @@ def plain(text: str) -> Text:
 
 
 def _console(*, stderr: bool = False) -> Console:
-    console = Console(stderr=stderr, highlight=False, emoji=False)
+    console = _Console(stderr=stderr, highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = _UNWRAPPED_WIDTH
     return console
@@ -308,6 +355,16 @@ def _was(step: Step) -> str:
             return f" (was {mode}, {enforcement})"
         case _:
             return ""
+
+
+def _address_text(explanation: Explanation) -> str:
+    decision = explanation.decision
+    if decision.client_address is not None:
+        return str(decision.client_address)
+    given = explanation.attributes.external_address
+    if decision.reason in (Reason.BAD_REQUEST, Reason.REQUEST_TOO_LARGE):
+        return f"not looked at: the request is refused before that ({given})"
+    return f"none that can be read ({given})"
 
 
 def _tenant_text(explanation: Explanation) -> str:

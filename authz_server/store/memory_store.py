@@ -55,8 +55,9 @@ class MemoryStore:
     async def init(self, *, actor: str, reason: str, change_id: str) -> WriteResult:
         """See `Store.init`."""
         self._check_available()
-        if change_id in self._results:
-            return WriteResult(self._results[change_id], repeated=True)
+        earlier = self._results.get(change_id)
+        if earlier and earlier.revision == 1:  # else it is the id of a later change
+            return WriteResult(earlier, repeated=True)
         if self.events:
             raise AlreadyInitialisedError("there is a policy in memory already")
         if self.collections or self.counts:

@@ -5,6 +5,8 @@ import json
 import os
 import pty
 import shlex
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +20,7 @@ import pytest
 from support.policies import network_key
 from typer.testing import CliRunner
 
-from authz_server.cli import authzctl
+from authz_server.cli import administration, authzctl
 from authz_server.cli.authzctl import app
 from authz_server.cli.explanation import describe_request
 from authz_server.demo.processes import free_port
@@ -418,6 +420,13 @@ def test_explain_names_the_entry_and_who_put_it_there(furnished: str) -> None:
     assert "tenant:acme (open, shadow): blocked  (recorded, not enforced)" in shown
 
 
+@pytest.mark.parametrize("words", [["--path", "http://x/"], ["--path", "/?" + "a" * 100_000]], ids=["bad", "too_large"])
+def test_explain_does_not_speak_of_an_address_that_was_not_read(furnished: str, words: list[str]) -> None:
+    shown = run("explain", "1.2.3.4", *words).out
+    assert "not looked at: the request is refused before that (1.2.3.4)" in shown
+    assert "none that can be read (localhost)" in run("explain", "localhost").out
+
+
 def test_explain_decides_with_the_servers_settings(furnished: str, tmp_path: Path) -> None:
     config = tmp_path / "authz.yaml"
     config.write_text("tenant_from: [query:t]\nunknown_tenant: deny\n")
@@ -488,6 +497,78 @@ def test_a_broken_connection_tells_the_command_that_settles_it(
     assert again[-1].startswith("--change-id=")
     assert "nothing was written now" in run(*again).out
     assert entries("block", "list") == [("global", "global/block", "203.0.113.0/24")]
+
+
+class Interrupted(RedisStore):
+    """A store during whose answer somebody presses Ctrl-C."""
+
+    async def apply(self, change: Change) -> WriteResult:
+        await super().apply(change)
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+def test_a_write_interrupted_by_ctrl_c_tells_the_command_that_settles_it(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["block", "add", "203.0.113.0/24", "--reason", "a test", "--change-id", "c-1"]
+    with monkeypatch.context() as patched:
+        patched.setattr(authzctl, "RedisStore", Interrupted)
+        patched.setattr(sys, "argv", ["/usr/bin/authzctl", *words])
+        ran = run(*words)
+    assert (ran.code, ran.out) == (130, "")
+    assert "not known whether the change was applied" in ran.err
+    assert shlex.join(["authzctl", *words]) in ran.err
+    assert "nothing was written now" in run(*words).out
+
+
+def test_a_store_that_takes_connections_and_says_nothing_is_told_soon(
+    prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(administration, "FIRST_LOOK_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
+        for words in (["block", "list"], ["init", "--reason", "r"], ["block", "add", "203.0.113.1", "--reason", "r"]):
+            began = time.monotonic()
+            ran = run(*words, "--redis-url", url)
+            assert (ran.code, ran.out) == (3, "")
+            assert "the store does not answer: nothing came back within 0.2 seconds" in ran.err
+            assert time.monotonic() - began < 4  # the store alone would go on for much longer
+
+
+def run_into(out: int | str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a command whose standard output goes to a file."""
+    command = "from authz_server.cli.authzctl import app; app(prog_name='authzctl')"
+    with open(out, "w") as file:  # noqa: PTH123 - it may be a descriptor
+        return subprocess.run(
+            [sys.executable, "-c", command, *words],
+            stdout=file, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+        )  # fmt: skip
+
+
+def broken_pipe() -> int:
+    reading, writing = os.pipe()
+    os.close(reading)
+    return writing
+
+
+@pytest.mark.parametrize("output", ["table", "json"])
+@pytest.mark.parametrize("full", [lambda: "/dev/full", broken_pipe], ids=["full_disk", "reader_left"])
+def test_output_that_cannot_be_written_is_one_line_and_hides_no_write(
+    policy: str, full: Callable[[], int | str], output: str
+) -> None:
+    ran = run_into(full(), "block", "add", "203.0.113.0/24", "--reason", "r", "--change-id", "c-1", "-o", output)
+    assert ran.returncode == 1, ran.stderr
+    assert "the output could not be written: " in ran.stderr
+    assert "Done: block.add is revision 2, change id c-1." in ran.stderr
+    assert "Traceback" not in ran.stderr
+    for words in ("block list", "explain 203.0.113.1"):
+        ran = run_into(full(), *words.split(), "-o", output)
+        assert ran.returncode == 1, ran.stderr
+        assert "the output could not be written: " in ran.stderr
+        assert "Traceback" not in ran.stderr
+        assert output == "json" or ran.stderr.count("\n") == 1
 
 
 def test_a_store_that_is_away_is_told(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:

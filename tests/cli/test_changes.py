@@ -1,11 +1,13 @@
 """From a wish to a change: what is written, what is refused, what is asked about. All on a store without a server."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 import pytest
 from support.policies import Writer
 
+from authz_server.cli import administration
 from authz_server.cli.administration import Done, Order, carry_out, initialise, load_snapshot
 from authz_server.cli.changes import (
     AddInstance,
@@ -26,6 +28,7 @@ from authz_server.cli.failures import (
     BadInputError,
     ChangedMeanwhileError,
     ConfirmationNeededError,
+    InterruptedWriteError,
     NotFoundError,
     RefusedError,
     UnknownOutcomeError,
@@ -515,6 +518,105 @@ async def test_a_change_id_is_not_used_for_another_change(desk: Desk, other: Wis
     await desk.do(block("203.0.113.0/24"), change_id="c-1")
     with pytest.raises(BadInputError, match="'c-1' belongs to another change"):
         await desk.do(other, change_id="c-1")
+
+
+def unblock(*cidrs: str) -> RemoveFromScope:
+    return RemoveFromScope(Side.BLOCK, "global", tuple(map(parse_network, cidrs)))
+
+
+async def test_a_change_id_sent_again_for_more_is_refused_and_names_the_rest(desk: Desk) -> None:
+    await desk.do(block("203.0.113.0/24"), change_id="c-1")
+    for _ in range(2):
+        with pytest.raises(BadInputError) as caught:
+            await desk.do(block("203.0.113.0/24", "198.51.100.0/24"), change_id="c-1")
+        (problem,) = caught.value.problems
+        assert "entry 198.51.100.0/24 in list global/block was not part of it" in problem
+        assert "203.0.113.0/24" not in problem
+    assert (await desk.store.position()).revision == 2
+
+
+async def test_a_change_id_sent_again_for_more_that_is_there_otherwise_is_refused(desk: Desk) -> None:
+    await desk.do(AddToScope(Side.BLOCK, "global", (entry("198.51.100.0/24", expires_at=int(NOW) + 60),)))
+    await desk.do(block("203.0.113.0/24"), change_id="c-1")
+    with pytest.raises(BadInputError, match=r"198\.51\.100\.0/24 in list global/block is there already"):
+        await desk.do(block("203.0.113.0/24", "198.51.100.0/24"), change_id="c-1")
+
+
+async def test_a_change_sent_again_is_repeated_where_the_rest_was_so_already(desk: Desk) -> None:
+    await desk.do(block("198.51.100.0/24"))
+    wish = block("203.0.113.0/24", "198.51.100.0/24")
+    assert not (await desk.do(wish, change_id="c-1")).repeated
+    assert (await desk.do(wish, change_id="c-1")).repeated
+
+
+async def test_a_removal_sent_again_for_more_is_refused_unless_the_rest_is_gone(desk: Desk) -> None:
+    await desk.do(block("203.0.113.0/24", "198.51.100.0/24"))
+    await desk.do(unblock("203.0.113.0/24"), change_id="c-1")
+    for more in (["198.51.100.0/24"], ["198.51.100.0/24", "192.0.2.0/24"]):
+        with pytest.raises(
+            BadInputError, match=r"entry 198\.51\.100\.0/24 in list global/block was not part"
+        ) as caught:
+            await desk.do(unblock("203.0.113.0/24", *more), change_id="c-1")
+        assert len(caught.value.problems) == 1
+    assert (await desk.do(unblock("203.0.113.0/24", "192.0.2.0/24"), change_id="c-1")).repeated
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        AddToScope(Side.ALLOW, "resource:docs", (entry("203.0.113.0/24"),)),
+        AddToScope(Side.ALLOW, "tenant:acme", (entry("203.0.113.0/24"),)),
+        AddToList("office", (entry("203.0.113.0/24"),)),
+        PinTenant("tenant.add", "bolt", "q1"),
+        MoveTenant("acme", "q2"),
+        SetScope("resource:docs", Mode.RESTRICTED, allow_lists=("office",)),
+        AddResource(Resource("api", (parse_path_pattern("/api"),)), restricted=True, allow_lists=("office",)),
+    ],
+    ids=lambda wish: type(wish).__name__,
+)
+async def test_a_change_that_relies_on_other_records_is_repeated_all_the_same(desk: Desk, wish: Wish) -> None:
+    for name in ("q1", "q2"):
+        await desk.do(AddInstance(name, 1))
+    await desk.do(PinTenant("tenant.add", "acme", "q1"))
+    await desk.do(AddToList("office"))
+    await desk.do(AddResource(Resource("docs", (parse_path_pattern("/docs"),))))
+    assert not (await desk.do(wish, change_id="c-1")).repeated
+    assert (await desk.do(wish, change_id="c-1")).repeated
+
+
+class Stuck(MemoryStore):
+    """A store that applies a change and never says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.applied = asyncio.Event()
+
+    async def apply(self, change: Change) -> WriteResult:
+        await super().apply(change)
+        self.applied.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+async def test_an_interrupted_write_says_that_its_outcome_is_not_known() -> None:
+    store = Stuck()
+    desk = Desk(store)
+    await initialise(store, desk.order())
+    writing = asyncio.create_task(desk.do(block("203.0.113.0/24"), change_id="c-1"))
+    await asyncio.wait_for(store.applied.wait(), 10)
+    writing.cancel()
+    with pytest.raises(InterruptedWriteError, match="not known whether") as caught:
+        await writing
+    assert (caught.value.change_id, caught.value.exit_code) == ("c-1", 130)
+
+
+async def test_a_write_that_hangs_ends_and_says_that_its_outcome_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(Stuck())
+    await initialise(desk.store, desk.order())
+    monkeypatch.setattr(administration, "WRITE_SECONDS", 0.05)
+    with pytest.raises(UnknownOutcomeError, match=r"not known whether .* within 0\.05 seconds") as caught:
+        await desk.do(block("203.0.113.0/24"), change_id="c-1")
+    assert caught.value.exit_code == 3
 
 
 class Cut(MemoryStore):

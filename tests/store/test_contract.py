@@ -140,6 +140,15 @@ async def test_init_again_leaves_the_policy_alone_and_the_same_init_again_is_rep
     assert await store.position() == first.position
 
 
+async def test_init_with_the_id_of_another_change_is_not_taken_for_repeated(store: Store, writer: Writer) -> None:
+    await writer.init()
+    change = await writer.change(Write(Q1, None, Instance("q1")))
+    applied = await store.apply(change)
+    with pytest.raises(AlreadyInitialisedError):
+        await store.init(actor="alice", reason="r", change_id=change.change_id)
+    assert await store.position() == applied.position
+
+
 async def test_two_policies_have_two_epochs(store: Store) -> None:
     result = await Writer(store).init()
     assert result.position.epoch != (await Writer(MemoryStore()).init()).position.epoch

@@ -7,8 +7,9 @@
 local meta, changes, result = KEYS[1], KEYS[3], KEYS[4]
 local format, epoch, change_id = ARGV[1], ARGV[2], ARGV[3]
 
+-- The result of a change that came later is not ours: its id was taken for this one by mistake.
 local before = redis.call('GET', result)
-if before then
+if before and string.find(before, ' 1$') then
   return {'repeated', before}
 end
 if redis.call('EXISTS', meta) == 1 then
