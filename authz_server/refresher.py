@@ -8,10 +8,10 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from authz_server.policy.records import Record, RecordKey, RecordKind, Unreadable
+from authz_server.policy.records import Record, RecordKey, Unreadable
 from authz_server.policy.snapshot import DecisionOptions, Snapshot, build_snapshot
 from authz_server.store.interface import (
     Event,
@@ -22,22 +22,13 @@ from authz_server.store.interface import (
     StoreError,
     UnknownFormatError,
 )
-from authz_server.store.keys import ENTRIES, NAMED_COLLECTIONS
+from authz_server.store.keys import record_key_of
 
 _WAIT_SECONDS = 5.0
 _FIRST_DELAY_SECONDS = 0.05
 _LONGEST_DELAY_SECONDS = 2.0
 _LONGEST_DELAY_OF_AN_INCIDENT_SECONDS = 10.0
 """People have to end an incident, and until then every attempt reads everything."""
-
-_MAPPINGS = {
-    NAMED_COLLECTIONS[RecordKind.LIST]: "named_lists",
-    NAMED_COLLECTIONS[RecordKind.SCOPE]: "scopes",
-    NAMED_COLLECTIONS[RecordKind.RESOURCE]: "resources",
-    NAMED_COLLECTIONS[RecordKind.TENANT]: "tenants",
-    NAMED_COLLECTIONS[RecordKind.INSTANCE]: "instances",
-}
-"""Collection of the store -> where a snapshot keeps it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +139,8 @@ class Refresher:
         if events:
             snapshot = snapshot.with_changes(position.revision, changes)
         for name, expected in counts.items():
-            if (found := _count(snapshot, name)) != expected:
+            key = record_key_of(name, "")
+            if (found := snapshot.count(key.kind, key.list_name)) != expected:
                 raise PositionLostError(
                     f"after revision {position.revision} {name} has {found} records, not {expected}"
                 )
@@ -190,22 +182,6 @@ class Refresher:
         self.status = status
         if self._on_status:
             self._on_status(status)
-
-
-def _count(snapshot: Snapshot, collection_name: str) -> int:
-    """Return how many records of a collection the snapshot accounts for."""
-    if not collection_name.startswith(ENTRIES):
-        mapping: Sized = getattr(snapshot, _MAPPINGS[collection_name])
-        return len(mapping)
-    list_name = collection_name.removeprefix(ENTRIES)
-    table = snapshot.tables.get(list_name, ())
-    # An unreadable entry that nothing stands in for is in the store and not in the table.
-    missing = [
-        key
-        for key in snapshot.problems
-        if key.kind is RecordKind.ENTRY and key.list_name == list_name and snapshot.get(key) is None
-    ]
-    return len(table) + len(missing)
 
 
 def _delay_seconds(error: Exception, failures: int) -> float:

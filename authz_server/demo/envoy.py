@@ -77,11 +77,6 @@ class Envoy:
         return _url(self.address)
 
     @property
-    def admin_url(self) -> str:
-        """Base URL of the admin interface."""
-        return _url(self._admin)
-
-    @property
     def pid(self) -> int:
         """The process id; RuntimeError before the start."""
         return self._child.pid
@@ -158,10 +153,6 @@ class Envoy:
             for stat in json.loads(body)["stats"]
             if "name" in stat and stat["name"].startswith(prefix) and isinstance(stat["value"], int)
         }
-
-    def log_tail(self, lines: int = 20) -> str:
-        """The last lines of Envoy's own log."""
-        return self._child.tail(lines)
 
     def stop(self) -> None:
         """End Envoy (SIGTERM)."""

@@ -9,7 +9,6 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from http import HTTPStatus
 from itertools import product
 from types import MappingProxyType
@@ -193,7 +192,6 @@ class _Denial:
         return self.head + _field(_BODY, self.body[0] + request_id.encode() + self.body[1])
 
 
-@cache
 def underscore_spellings(name: str) -> tuple[str, ...]:
     """Return the header names that CGI, WSGI and their like cannot tell from this one.
 

@@ -153,6 +153,20 @@ class Snapshot:
         network = _network(key)
         return table.get(network) if table is not None and network else None
 
+    def count(self, kind: RecordKind, list_name: str = "") -> int:
+        """Return how many records of a kind (of entries: in one list) this snapshot was made from.
+
+        An unreadable entry that nothing stands in for is counted too, though it is in no table.
+        """
+        if kind is not RecordKind.ENTRY:
+            return len(getattr(self, _FIELDS[kind]))
+        missing = [
+            key
+            for key in self.problems
+            if key.kind is RecordKind.ENTRY and key.list_name == list_name and self.get(key) is None
+        ]
+        return len(self.tables.get(list_name, ())) + len(missing)
+
     def degraded_scopes(self) -> tuple[str, ...]:
         """Return the scopes that use a list with an unreadable entry, or a list that does not exist, sorted."""
         unreadable = {key.list_name for key in self.problems if key.kind is RecordKind.ENTRY}
