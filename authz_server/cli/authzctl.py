@@ -1,93 +1,65 @@
 """`authzctl`: the security team's command line. Every write names who and why, and is one change in the history."""
 
-import asyncio
-import re
-import shlex
-import sys
 import time
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, TypeVar
-from urllib.parse import urlsplit
+from typing import Annotated
 
 import typer
-from pydantic import SecretStr
 
 from authz_server.cli import inputs
-from authz_server.cli.administration import Done, Order, carry_out, first_look, initialise, load_snapshot
+from authz_server.cli.administration import initialise, load_snapshot
+from authz_server.cli.affinity import affinity_app, instance_app, tenant_app
 from authz_server.cli.changes import (
-    AddInstance,
     AddResource,
     AddToList,
     AddToScope,
-    MoveTenant,
-    PinTenant,
     RemoveFromList,
     RemoveFromScope,
     SetScope,
-    Wish,
-    place_tenant,
 )
 from authz_server.cli.explanation import describe_request, explain
 from authz_server.cli.failures import (
     EXIT_CODES,
-    AuthzctlError,
-    BadInputError,
-    ConfirmationNeededError,
-    NoPolicyError,
-    NoStoreError,
     NotFoundError,
-    RefusedError,
-    StoreNotUsableError,
-    UnknownOutcomeError,
 )
 from authz_server.cli.inputs import Reader
 from authz_server.cli.output import (
     Json,
     OutputFormat,
     print_concerns,
-    print_done,
     print_explanation,
-    print_failure,
     print_json,
     print_table,
     record_json,
 )
+from authz_server.cli.session import (
+    NAME,
+    Actor,
+    ChangeId,
+    Config,
+    Expires,
+    Networks,
+    Output,
+    Owner,
+    Reason,
+    RedisUrl,
+    Replace,
+    ScopeName,
+    Yes,
+    group_of,
+    load,
+    reading,
+    standing,
+    writing,
+)
 from authz_server.cli.times import parse_moment, show_expiry, show_moment
 from authz_server.policy.access import Enforcement, Entry, EntryTable, Mode, Resource, Scope, Side, own_list
-from authz_server.policy.affinity import MAX_WEIGHT, rendezvous
 from authz_server.policy.paths import parse_path_pattern
 from authz_server.policy.records import RecordKind
-from authz_server.policy.snapshot import DecisionOptions, Snapshot
-from authz_server.settings import HIDDEN, Settings, SettingsError, load_settings
-from authz_server.store.interface import (
-    AlreadyInitialisedError,
-    NotInitialisedError,
-    Store,
-    StoreError,
-    StoreUnavailableError,
-)
+from authz_server.policy.snapshot import Snapshot
 from authz_server.store.keys import parse_scope_name
-from authz_server.store.redis_store import RedisStore
-
-T = TypeVar("T")
-
-_NAME = "authzctl"
-_PASSWORD = re.compile(r"(://[^:/@\s]*:)[^@\s]*@")
-"""The password of a URL, wherever it stands in a word of the command line."""
-
-
-def _group(short_help: str, more: str = "") -> typer.Typer:
-    return typer.Typer(
-        help=f"{short_help} {more}".rstrip(), short_help=short_help, no_args_is_help=True, epilog=EXIT_CODES
-    )
-
 
 app = typer.Typer(
-    name=_NAME,
+    name=NAME,
     help="Administer the policy that authz-server decides by: who may in, and which instance holds which tenant.\n\n"
     "A write needs --reason. Sent again with the same --change-id, it is applied once.",
     epilog=EXIT_CODES,
@@ -95,201 +67,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,  # its frames would print the store's URL, which may hold a password
 )
-list_app = _group(
+list_app = group_of(
     "Named lists, such as `office`, that several scopes can share.",
     "A list allows or blocks nothing by itself: that is up to the scopes that name it (`scope set`, `resource add`). "
     "Its networks are edited here; `allow` and `block` edit the scopes' own lists.",
 )
-tenant_app = _group("Tenants: each registered one is pinned to an instance.")
-instance_app = _group("Instances that tenants can be pinned to.")
-affinity_app = _group("Which instance holds which tenant's state.")
-resource_app = _group("Parts of the site that have rules of their own, such as the API documentation.")
-scope_app = _group("What a scope does with addresses: global, tenant:ID or resource:NAME.")
-
-Networks = Annotated[
-    list[str], typer.Argument(metavar="CIDR", help="Networks such as 203.0.113.0/24, or single addresses.")
-]
-ScopeName = Annotated[str, typer.Option("--scope", help="global, tenant:ID or resource:NAME.")]
-Expires = Annotated[
-    str | None,
-    typer.Option("--expires", help="When the entries end: 30m, 2h, 7d, or 2026-12-31T00:00:00Z. Without: never."),
-]
-Owner = Annotated[str | None, typer.Option("--owner", help="Whom to ask later whether it is still needed.")]
-Replace = Annotated[bool, typer.Option("--replace", help="Write anew what is there already with other values.")]
-Reason = Annotated[str, typer.Option("--reason", help="Why; it is kept in the history.")]
-Actor = Annotated[
-    str | None, typer.Option("--actor", envvar="AUTHZCTL_ACTOR", help="Who. Without: the operating system's user.")
-]
-ChangeId = Annotated[
-    str | None,
-    typer.Option("--change-id", help="Chosen by a script that may have to send this again. Without: a random one."),
-]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Confirm what is dangerous, instead of being asked.")]
-Output = Annotated[OutputFormat, typer.Option("--output", "-o", help="How to print.")]
-RedisUrl = Annotated[
-    str | None,
-    typer.Option("--redis-url", help="The store, as in AUTHZ_REDIS_URL (there, a password is not seen by others)."),
-]
-Config = Annotated[Path | None, typer.Option("--config", help="The server's settings file, as in AUTHZ_CONFIG.")]
-TenantId = Annotated[str, typer.Argument(metavar="TENANT")]
-InstanceName = Annotated[str, typer.Argument(metavar="INSTANCE")]
-
-
-@dataclass(frozen=True, slots=True)
-class _Session:
-    """How a command was called: where the store is, how to print."""
-
-    output: OutputFormat
-    redis_url: str | None
-    config: Path | None
-
-    def settings(self) -> Settings:
-        """Return the server's settings, with the store's URL of the command line in them."""
-        try:
-            settings = load_settings(self.config)
-        except SettingsError as error:
-            raise BadInputError(error.problems) from error
-        if self.redis_url is not None:
-            settings = settings.model_copy(update={"redis_url": SecretStr(self.redis_url)})
-        return settings
-
-    @asynccontextmanager
-    async def store(self) -> AsyncIterator[Store]:
-        """Open the store for one command, and turn what it complains about into failures."""
-        settings = self.settings()
-        try:
-            # A password on the command line goes with its URL, whatever the settings say.
-            has_password = self.redis_url is not None and urlsplit(self.redis_url).password is not None
-            url = self.redis_url if self.redis_url and has_password else settings.store_url()
-            store = RedisStore(url, prefix=settings.redis_prefix, client_name=_NAME)
-        except ValueError as error:
-            raise BadInputError([f"--redis-url: {error}"]) from error
-        try:
-            yield store
-        except NotInitialisedError as error:
-            raise NoPolicyError([str(error)]) from error
-        except AlreadyInitialisedError as error:
-            raise RefusedError([str(error)]) from error
-        except StoreUnavailableError as error:
-            raise NoStoreError([str(error)]) from error
-        except StoreError as error:
-            raise StoreNotUsableError([str(error)]) from error
-        finally:
-            await store.close()
-
-    @contextmanager
-    def failures_told(self) -> Iterator[None]:
-        """Print a failure and leave with its exit code."""
-        try:
-            yield
-        except UnknownOutcomeError as failure:
-            print_failure(failure, self.output, repeat=_command_again(failure.change_id))
-            raise typer.Exit(failure.exit_code) from failure
-        except AuthzctlError as failure:
-            print_failure(failure, self.output)
-            raise typer.Exit(failure.exit_code) from failure
-
-    def ask(self, question: Callable[[Store], Awaitable[T]]) -> T:
-        """Answer a question from the store."""
-
-        async def answer() -> T:
-            async with self.store() as store:
-                await first_look(store)
-                return await question(store)
-
-        return asyncio.run(answer())
-
-
-@dataclass(frozen=True, slots=True)
-class _Writer:
-    """How a writing command was called: who, why, and how sure."""
-
-    session: _Session
-    reader: Reader
-    actor: str
-    reason: str
-    change_id: str
-    resent: bool
-    yes: bool
-    now: float
-
-    def entries(self, texts: Iterable[str], expires: str | None, owner: str | None) -> tuple[Entry, ...]:
-        """Read networks and what is said of them into entries."""
-        expires_at = inputs.expiry(self.reader, expires, self.now)
-        owner = self.reader.read(inputs.line("--owner"), owner or "") or ""
-        return tuple(
-            Entry(network, self.reason, self.actor, int(self.now), owner, expires_at)
-            for network in inputs.networks(self.reader, texts)
-        )
-
-    def wish(self, wish: Wish) -> None:
-        """Carry out a wish and print what became of it."""
-
-        async def given(_: Store) -> Wish:
-            return wish
-
-        self.prepare(given)
-
-    def prepare(self, prepare: Callable[[Store], Awaitable[Wish]]) -> None:
-        """Carry out a wish that the store must be asked for, and print what became of it."""
-        self.tell(lambda store, order: carry_out(store, order, prepare, self._confirm))
-
-    def tell(self, act: Callable[[Store, Order], Awaitable[Done]]) -> None:
-        """Act on the store, once the input is known to be good, and print what became of it."""
-        self.reader.done()
-        order = Order(self.actor, self.reason, self.change_id, self.resent, self.now)
-        print_done(self.session.ask(lambda store: act(store, order)), self.session.output)
-
-    def _confirm(self, concerns: tuple[str, ...]) -> None:
-        if self.yes:
-            return
-        if self.session.output is OutputFormat.TABLE and sys.stdin.isatty() and sys.stderr.isatty():
-            print_concerns(concerns)
-            if typer.confirm("Is that meant?", err=True):
-                return
-            raise ConfirmationNeededError(["not confirmed: nothing was changed"])
-        raise ConfirmationNeededError([*concerns, "nothing was changed: --yes confirms that this is meant"])
-
-
-@contextmanager
-def _reading(output: OutputFormat, redis_url: str | None, config: Path | None) -> Iterator[_Session]:
-    session = _Session(output, redis_url, config)
-    with session.failures_told():
-        yield session
-
-
-@contextmanager
-def _writing(
-    *,
-    reason: str,
-    actor: str | None,
-    change_id: str | None,
-    yes: bool,
-    output: OutputFormat,
-    redis_url: str | None,
-    config: Path | None,
-) -> Iterator[_Writer]:
-    with _reading(output, redis_url, config) as session:
-        reader = Reader()
-        given_id = reader.read(inputs.change_id, change_id) if change_id is not None else None
-        yield _Writer(
-            session,
-            reader,
-            actor=reader.read(inputs.line("--actor", required=True), actor or inputs.operating_system_user()) or "",
-            reason=reader.read(inputs.line("--reason", required=True), reason) or "",
-            change_id=given_id or str(uuid.uuid4()),
-            resent=change_id is not None,
-            yes=yes,
-            now=time.time(),
-        )
-
-
-def _command_again(change_id: str) -> str:
-    """Return the command line that sends the same change once more; a password in it is hidden."""
-    arguments = [_PASSWORD.sub(rf"\1{HIDDEN}@", word) for word in sys.argv[1:]]
-    if not any(word.startswith("--change-id") for word in arguments):
-        arguments.insert(arguments.index("--") if "--" in arguments else len(arguments), f"--change-id={change_id}")
-    return shlex.join([_NAME, *arguments])
+resource_app = group_of("Parts of the site that have rules of their own, such as the API documentation.")
+scope_app = group_of("What a scope does with addresses: global, tenant:ID or resource:NAME.")
 
 
 @app.command("init", epilog=EXIT_CODES)
@@ -303,7 +87,7 @@ def init(
     config: Config = None,
 ) -> None:
     """Create an empty policy; one that is there already is left as it is (exit code 1)."""
-    with _writing(
+    with writing(
         reason=reason, actor=actor, change_id=change_id, yes=False, output=output, redis_url=redis_url, config=config
     ) as writer:
         writer.tell(initialise)
@@ -311,7 +95,7 @@ def init(
 
 def _side_group(side: Side) -> typer.Typer:
     """Return the commands on one side of the scopes' own lists."""
-    group = _group(
+    group = group_of(
         f"Networks that a scope {side}s by its own {side} list.",
         "Within a scope the longest prefix wins, and a block wins a tie: so an allow carves a hole into a wider block "
         "of the same scope, and of no other. For networks that several scopes share, see `list`.",
@@ -333,7 +117,7 @@ def _side_group(side: Side) -> typer.Typer:
         redis_url: RedisUrl = None,
         config: Config = None,
     ) -> None:
-        with _writing(
+        with writing(
             reason=reason, actor=actor, change_id=change_id, yes=yes, output=output, redis_url=redis_url, config=config
         ) as writer:
             entries = writer.entries(networks, expires, owner)
@@ -352,7 +136,7 @@ def _side_group(side: Side) -> typer.Typer:
         redis_url: RedisUrl = None,
         config: Config = None,
     ) -> None:
-        with _writing(
+        with writing(
             reason=reason,
             actor=actor,
             change_id=change_id,
@@ -375,12 +159,12 @@ def _side_group(side: Side) -> typer.Typer:
         redis_url: RedisUrl = None,
         config: Config = None,
     ) -> None:
-        with _reading(output, redis_url, config) as session:
+        with reading(output, redis_url, config) as session:
             reader = Reader()
             if scope is not None:
                 reader.read(parse_scope_name, scope)
             reader.done()
-            snapshot = session.ask(_load)
+            snapshot = session.ask(load)
             rows = [
                 (name, list_name, entry)
                 for name, list_name in _lists_of_scopes(snapshot, side)
@@ -417,7 +201,7 @@ def list_add(
 
     --owner is of the networks if there are any, and else of the list.
     """
-    with _writing(
+    with writing(
         reason=reason, actor=actor, change_id=change_id, yes=yes, output=output, redis_url=redis_url, config=config
     ) as writer:
         list_name = writer.reader.read(inputs.named("a list"), name) or ""
@@ -442,7 +226,7 @@ def list_remove(
     config: Config = None,
 ) -> None:
     """Take networks out of a named list; the list stays."""
-    with _writing(
+    with writing(
         reason=reason, actor=actor, change_id=change_id, yes=False, output=output, redis_url=redis_url, config=config
     ) as writer:
         list_name = writer.reader.read(inputs.named("a list"), name) or ""
@@ -458,8 +242,8 @@ def list_show(
     config: Config = None,
 ) -> None:
     """Show the networks of one named list, or all named lists and who uses them."""
-    with _reading(output, redis_url, config) as session:
-        snapshot = session.ask(_load)
+    with reading(output, redis_url, config) as session:
+        snapshot = session.ask(load)
         if name is None:
             _print_lists(snapshot, output)
             return
@@ -467,185 +251,6 @@ def list_show(
             raise NotFoundError([f"list {name} does not exist: `authzctl list show` names those that do"])
         rows = [("", name, entry) for entry in _sorted_entries(snapshot, name)]
         _print_entries(rows, snapshot, output, empty=f"List {name} is empty.")
-
-
-@tenant_app.command("add", epilog=EXIT_CODES)
-def tenant_add(
-    *,
-    tenant: TenantId,
-    reason: Reason,
-    instance: Annotated[
-        str | None,
-        typer.Option("--instance", help="Where its state is. Without: where the rendezvous hash puts it."),
-    ] = None,
-    actor: Actor = None,
-    change_id: ChangeId = None,
-    yes: Yes = False,
-    output: Output = OutputFormat.TABLE,
-    redis_url: RedisUrl = None,
-    config: Config = None,
-) -> None:
-    """Register a tenant and pin it to an instance."""
-    with _writing(
-        reason=reason, actor=actor, change_id=change_id, yes=yes, output=output, redis_url=redis_url, config=config
-    ) as writer:
-        tenant_id = writer.reader.read(inputs.named("a tenant"), tenant) or ""
-        if instance is not None:
-            name = writer.reader.read(inputs.named("an instance"), instance)
-            writer.wish(PinTenant("tenant.add", tenant_id, name))
-            return
-
-        async def placed(store: Store) -> Wish:
-            snapshot = await _load(store)
-            return place_tenant(tenant_id, snapshot.tenants, snapshot.instances.values())
-
-        writer.prepare(placed)
-
-
-@tenant_app.command("list", epilog=EXIT_CODES)
-def tenant_list(output: Output = OutputFormat.TABLE, redis_url: RedisUrl = None, config: Config = None) -> None:
-    """Show all registered tenants and where they are pinned."""
-    with _reading(output, redis_url, config) as session:
-        snapshot = session.ask(_load)
-        tenants = [snapshot.tenants[name] for name in sorted(snapshot.tenants)]
-        if output is OutputFormat.JSON:
-            print_json({**_standing(snapshot), "tenants": [record_json(tenant) for tenant in tenants]})
-            return
-        print_table(
-            ("TENANT", "INSTANCE", "HELD"),
-            [(tenant.id, tenant.instance or "cannot be read", "held" if tenant.held else "") for tenant in tenants],
-            empty="No tenant is registered.",
-        )
-
-
-@instance_app.command("add", epilog=EXIT_CODES)
-def instance_add(
-    *,
-    name: InstanceName,
-    reason: Reason,
-    weight: Annotated[
-        int, typer.Option("--weight", min=1, max=MAX_WEIGHT, help="Its share of new tenants, relative to the others'.")
-    ] = 1,
-    replace: Replace = False,
-    actor: Actor = None,
-    change_id: ChangeId = None,
-    output: Output = OutputFormat.TABLE,
-    redis_url: RedisUrl = None,
-    config: Config = None,
-) -> None:
-    """Register an instance; it is active at once. With --replace, give one that is there another weight."""
-    with _writing(
-        reason=reason, actor=actor, change_id=change_id, yes=False, output=output, redis_url=redis_url, config=config
-    ) as writer:
-        instance_name = writer.reader.read(inputs.named("an instance"), name) or ""
-        writer.wish(AddInstance(instance_name, weight, replace))
-
-
-@instance_app.command("list", epilog=EXIT_CODES)
-def instance_list(output: Output = OutputFormat.TABLE, redis_url: RedisUrl = None, config: Config = None) -> None:
-    """Show all instances and how many tenants are pinned to each."""
-    with _reading(output, redis_url, config) as session:
-        snapshot = session.ask(_load)
-        pinned = dict.fromkeys(sorted(snapshot.instances), 0)
-        for tenant in snapshot.tenants.values():
-            if tenant.instance in pinned:
-                pinned[tenant.instance] += 1
-        if output is OutputFormat.JSON:
-            instances: list[Json] = [
-                {**(record_json(snapshot.instances[name]) or {}), "tenants": count} for name, count in pinned.items()
-            ]
-            print_json({**_standing(snapshot), "instances": instances})
-            return
-        print_table(
-            ("INSTANCE", "STATE", "WEIGHT", "TENANTS"),
-            [
-                (name, snapshot.instances[name].state, str(snapshot.instances[name].weight), str(count))
-                for name, count in pinned.items()
-            ],
-            empty="No instance is registered.",
-        )
-
-
-@affinity_app.command("pin", epilog=EXIT_CODES)
-def affinity_pin(
-    *,
-    tenant: TenantId,
-    instance: InstanceName,
-    reason: Reason,
-    actor: Actor = None,
-    change_id: ChangeId = None,
-    yes: Yes = False,
-    output: Output = OutputFormat.TABLE,
-    redis_url: RedisUrl = None,
-    config: Config = None,
-) -> None:
-    """Pin a tenant to an instance, and so register it. One that is pinned elsewhere is refused: see `affinity move`."""
-    with _writing(
-        reason=reason, actor=actor, change_id=change_id, yes=yes, output=output, redis_url=redis_url, config=config
-    ) as writer:
-        tenant_id = writer.reader.read(inputs.named("a tenant"), tenant) or ""
-        name = writer.reader.read(inputs.named("an instance"), instance)
-        writer.wish(PinTenant("affinity.pin", tenant_id, name))
-
-
-@affinity_app.command("move", epilog=EXIT_CODES)
-def affinity_move(
-    *,
-    tenant: TenantId,
-    instance: InstanceName,
-    reason: Reason,
-    actor: Actor = None,
-    change_id: ChangeId = None,
-    yes: Yes = False,
-    output: Output = OutputFormat.TABLE,
-    redis_url: RedisUrl = None,
-    config: Config = None,
-) -> None:
-    """Move a registered tenant to another instance, at once.
-
-    Its requests are not held back: for a moment, replicas that have not heard of the move still use the old instance.
-    """
-    with _writing(
-        reason=reason, actor=actor, change_id=change_id, yes=yes, output=output, redis_url=redis_url, config=config
-    ) as writer:
-        tenant_id = writer.reader.read(inputs.named("a tenant"), tenant) or ""
-        name = writer.reader.read(inputs.named("an instance"), instance) or ""
-        writer.wish(MoveTenant(tenant_id, name))
-
-
-@affinity_app.command("show", epilog=EXIT_CODES)
-def affinity_show(
-    *, tenant: TenantId, output: Output = OutputFormat.TABLE, redis_url: RedisUrl = None, config: Config = None
-) -> None:
-    """Show where a tenant is pinned, and where the rendezvous hash would put it (also if it is not registered)."""
-    with _reading(output, redis_url, config) as session:
-        reader = Reader()
-        reader.read(inputs.named("a tenant"), tenant)
-        reader.done()
-        snapshot = session.ask(_load)
-        record = snapshot.tenants.get(tenant)
-        hashed = rendezvous(tenant, snapshot.instances.values())
-        instance = snapshot.instances.get(record.instance or "") if record else None
-        if output is OutputFormat.JSON:
-            print_json(
-                {
-                    **_standing(snapshot),
-                    "tenant": tenant,
-                    "registered": record is not None,
-                    "instance": record.instance if record else None,
-                    "instance_state": instance.state if instance else None,
-                    "held": record.held if record else False,
-                    "hash": hashed,
-                }
-            )
-            return
-        state = f" ({instance.state})" if instance else " (not registered)"
-        pinned = "not registered" if record is None else f"{record.instance or 'cannot be read'}{state}"
-        print_table(
-            ("TENANT", "PINNED TO", "HELD", "BY HASH"),
-            [(tenant, pinned, "held" if record and record.held else "no", hashed or "no active instance")],
-            empty="",
-        )
 
 
 @resource_app.command("add", epilog=EXIT_CODES)
@@ -671,7 +276,7 @@ def resource_add(
     config: Config = None,
 ) -> None:
     """Register a part of the site; its scope is resource:NAME. --restricted closes it in the same change."""
-    with _writing(
+    with writing(
         reason=reason, actor=actor, change_id=change_id, yes=False, output=output, redis_url=redis_url, config=config
     ) as writer:
         reader = writer.reader
@@ -711,7 +316,7 @@ def scope_set(
     config: Config = None,
 ) -> None:
     """Set what a scope does. What is not given stays as it is."""
-    with _writing(
+    with writing(
         reason=reason, actor=actor, change_id=change_id, yes=yes, output=output, redis_url=redis_url, config=config
     ) as writer:
         reader = writer.reader
@@ -748,7 +353,7 @@ def explain_command(
     The exit code is 0 for any answer, allowed or denied. Needs the server's settings (AUTHZ_* or --config), such as
     where requests name their tenant.
     """
-    with _reading(output, redis_url, config) as session:
+    with reading(output, redis_url, config) as session:
         options = session.settings().decision_options()
         reader = Reader()
         now = time.time()
@@ -768,11 +373,6 @@ app.add_typer(instance_app, name="instance")
 app.add_typer(affinity_app, name="affinity")
 app.add_typer(resource_app, name="resource")
 app.add_typer(scope_app, name="scope")
-
-
-async def _load(store: Store) -> Snapshot:
-    """Load the policy for commands that do not decide."""
-    return await load_snapshot(store, DecisionOptions())
 
 
 def _given_lists(reader: Reader, option: str, names: list[str] | None, none: bool) -> tuple[str, ...] | None:
@@ -813,7 +413,7 @@ def _print_entries(rows: list[tuple[str, str, Entry]], snapshot: Snapshot, outpu
             }
             for scope, list_name, entry in rows
         ]
-        print_json({**_standing(snapshot), "entries": entries, "unreadable": [problem for _, problem in unreadable]})
+        print_json({**standing(snapshot), "entries": entries, "unreadable": [problem for _, problem in unreadable]})
         return
     print_table(
         ("WHERE", "NETWORK", "EXPIRES", "WHY"),
@@ -854,7 +454,7 @@ def _print_lists(snapshot: Snapshot, output: OutputFormat) -> None:
             }
             for name, used_by in users.items()
         ]
-        print_json({**_standing(snapshot), "lists": lists})
+        print_json({**standing(snapshot), "lists": lists})
         return
     print_table(
         ("LIST", "NETWORKS", "USED BY", "OWNER", "DESCRIPTION"),
@@ -871,10 +471,6 @@ def _print_lists(snapshot: Snapshot, output: OutputFormat) -> None:
         empty="There is no named list.",
         wrapped=("USED BY", "DESCRIPTION"),
     )
-
-
-def _standing(snapshot: Snapshot) -> dict[str, Json]:
-    return {"epoch": snapshot.epoch, "revision": snapshot.revision}
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import pytest
 from support.policies import network_key
 from typer.testing import CliRunner
 
-from authz_server.cli import administration, authzctl
+from authz_server.cli import administration, session
 from authz_server.cli.authzctl import app
 from authz_server.cli.explanation import describe_request
 from authz_server.demo.processes import free_port
@@ -453,7 +453,7 @@ class Meeting(RedisStore):
 
 def test_of_two_administrators_at_once_one_is_told(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(authzctl, "RedisStore", Meeting)
+        patched.setattr(session, "RedisStore", Meeting)
         ran = write("block", "add", "203.0.113.0/24", code=1)
         assert "was changed by somebody else" in ran.err
     assert entries("block", "list") == [("global", "global/block", "203.0.113.0/24")]
@@ -483,13 +483,13 @@ def test_a_broken_connection_tells_the_command_that_settles_it(
     url = f"redis://:{PASSWORD}@127.0.0.1:{valkey.port}/0"
     words = ["block", "add", "203.0.113.0/24", "--reason", "it's here"]
     with monkeypatch.context() as patched:
-        patched.setattr(authzctl, "RedisStore", Cut)
+        patched.setattr(session, "RedisStore", Cut)
         patched.setattr(sys, "argv", ["/usr/bin/authzctl", *words])
         ran = run(*words)
         assert ran.code == 3
         assert "not known whether the change was applied" in ran.err
         patched.setattr(sys, "argv", ["/usr/bin/authzctl", *words, f"--redis-url={url}"])
-        command = authzctl._command_again("x")
+        command = session._command_again("x")
         assert PASSWORD not in command
     (line,) = [line.strip() for line in ran.err.splitlines() if line.strip().startswith("authzctl ")]
     program, *again = shlex.split(line)
@@ -514,7 +514,7 @@ def test_a_write_interrupted_by_ctrl_c_tells_the_command_that_settles_it(
 ) -> None:
     words = ["block", "add", "203.0.113.0/24", "--reason", "a test", "--change-id", "c-1"]
     with monkeypatch.context() as patched:
-        patched.setattr(authzctl, "RedisStore", Interrupted)
+        patched.setattr(session, "RedisStore", Interrupted)
         patched.setattr(sys, "argv", ["/usr/bin/authzctl", *words])
         ran = run(*words)
     assert (ran.code, ran.out) == (130, "")

@@ -1,0 +1,254 @@
+"""How every command of `authzctl` is called: the options that all share, the store it opens, how failures end it."""
+
+import asyncio
+import re
+import shlex
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, TypeVar
+from urllib.parse import urlsplit
+
+import typer
+from pydantic import SecretStr
+
+from authz_server.cli import inputs
+from authz_server.cli.administration import Done, Order, carry_out, first_look, load_snapshot
+from authz_server.cli.changes import Wish
+from authz_server.cli.failures import (
+    EXIT_CODES,
+    AuthzctlError,
+    BadInputError,
+    ConfirmationNeededError,
+    NoPolicyError,
+    NoStoreError,
+    RefusedError,
+    StoreNotUsableError,
+    UnknownOutcomeError,
+)
+from authz_server.cli.inputs import Reader
+from authz_server.cli.output import Json, OutputFormat, print_concerns, print_done, print_failure
+from authz_server.policy.access import Entry
+from authz_server.policy.snapshot import DecisionOptions, Snapshot
+from authz_server.settings import HIDDEN, Settings, SettingsError, load_settings
+from authz_server.store.interface import (
+    AlreadyInitialisedError,
+    NotInitialisedError,
+    Store,
+    StoreError,
+    StoreUnavailableError,
+)
+from authz_server.store.redis_store import RedisStore
+
+T = TypeVar("T")
+
+NAME = "authzctl"
+_PASSWORD = re.compile(r"(://[^:/@\s]*:)[^@\s]*@")
+"""The password of a URL, wherever it stands in a word of the command line."""
+
+
+def group_of(short_help: str, more: str = "") -> typer.Typer:
+    """Return a group of commands whose help ends with the exit codes."""
+    return typer.Typer(
+        help=f"{short_help} {more}".rstrip(), short_help=short_help, no_args_is_help=True, epilog=EXIT_CODES
+    )
+
+
+Networks = Annotated[
+    list[str], typer.Argument(metavar="CIDR", help="Networks such as 203.0.113.0/24, or single addresses.")
+]
+ScopeName = Annotated[str, typer.Option("--scope", help="global, tenant:ID or resource:NAME.")]
+Expires = Annotated[
+    str | None,
+    typer.Option("--expires", help="When the entries end: 30m, 2h, 7d, or 2026-12-31T00:00:00Z. Without: never."),
+]
+Owner = Annotated[str | None, typer.Option("--owner", help="Whom to ask later whether it is still needed.")]
+Replace = Annotated[bool, typer.Option("--replace", help="Write anew what is there already with other values.")]
+Reason = Annotated[str, typer.Option("--reason", help="Why; it is kept in the history.")]
+Actor = Annotated[
+    str | None, typer.Option("--actor", envvar="AUTHZCTL_ACTOR", help="Who. Without: the operating system's user.")
+]
+ChangeId = Annotated[
+    str | None,
+    typer.Option("--change-id", help="Chosen by a script that may have to send this again. Without: a random one."),
+]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Confirm what is dangerous, instead of being asked.")]
+Output = Annotated[OutputFormat, typer.Option("--output", "-o", help="How to print.")]
+RedisUrl = Annotated[
+    str | None,
+    typer.Option("--redis-url", help="The store, as in AUTHZ_REDIS_URL (there, a password is not seen by others)."),
+]
+Config = Annotated[Path | None, typer.Option("--config", help="The server's settings file, as in AUTHZ_CONFIG.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """How a command was called: where the store is, how to print."""
+
+    output: OutputFormat
+    redis_url: str | None
+    config: Path | None
+
+    def settings(self) -> Settings:
+        """Return the server's settings, with the store's URL of the command line in them."""
+        try:
+            settings = load_settings(self.config)
+        except SettingsError as error:
+            raise BadInputError(error.problems) from error
+        if self.redis_url is not None:
+            settings = settings.model_copy(update={"redis_url": SecretStr(self.redis_url)})
+        return settings
+
+    @asynccontextmanager
+    async def store(self) -> AsyncIterator[Store]:
+        """Open the store for one command, and turn what it complains about into failures."""
+        settings = self.settings()
+        try:
+            # A password on the command line goes with its URL, whatever the settings say.
+            has_password = self.redis_url is not None and urlsplit(self.redis_url).password is not None
+            url = self.redis_url if self.redis_url and has_password else settings.store_url()
+            store = RedisStore(url, prefix=settings.redis_prefix, client_name=NAME)
+        except ValueError as error:
+            raise BadInputError([f"--redis-url: {error}"]) from error
+        try:
+            yield store
+        except NotInitialisedError as error:
+            raise NoPolicyError([str(error)]) from error
+        except AlreadyInitialisedError as error:
+            raise RefusedError([str(error)]) from error
+        except StoreUnavailableError as error:
+            raise NoStoreError([str(error)]) from error
+        except StoreError as error:
+            raise StoreNotUsableError([str(error)]) from error
+        finally:
+            await store.close()
+
+    @contextmanager
+    def failures_told(self) -> Iterator[None]:
+        """Print a failure and leave with its exit code."""
+        try:
+            yield
+        except UnknownOutcomeError as failure:
+            print_failure(failure, self.output, repeat=_command_again(failure.change_id))
+            raise typer.Exit(failure.exit_code) from failure
+        except AuthzctlError as failure:
+            print_failure(failure, self.output)
+            raise typer.Exit(failure.exit_code) from failure
+
+    def ask(self, question: Callable[[Store], Awaitable[T]]) -> T:
+        """Answer a question from the store."""
+
+        async def answer() -> T:
+            async with self.store() as store:
+                await first_look(store)
+                return await question(store)
+
+        return asyncio.run(answer())
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """How a writing command was called: who, why, and how sure."""
+
+    session: Session
+    reader: Reader
+    actor: str
+    reason: str
+    change_id: str
+    resent: bool
+    yes: bool
+    now: float
+
+    def entries(self, texts: Iterable[str], expires: str | None, owner: str | None) -> tuple[Entry, ...]:
+        """Read networks and what is said of them into entries."""
+        expires_at = inputs.expiry(self.reader, expires, self.now)
+        owner = self.reader.read(inputs.line("--owner"), owner or "") or ""
+        return tuple(
+            Entry(network, self.reason, self.actor, int(self.now), owner, expires_at)
+            for network in inputs.networks(self.reader, texts)
+        )
+
+    def wish(self, wish: Wish) -> None:
+        """Carry out a wish and print what became of it."""
+
+        async def given(_: Store) -> Wish:
+            return wish
+
+        self.prepare(given)
+
+    def prepare(self, prepare: Callable[[Store], Awaitable[Wish]]) -> None:
+        """Carry out a wish that the store must be asked for, and print what became of it."""
+        self.tell(lambda store, order: carry_out(store, order, prepare, self._confirm))
+
+    def tell(self, act: Callable[[Store, Order], Awaitable[Done]]) -> None:
+        """Act on the store, once the input is known to be good, and print what became of it."""
+        self.reader.done()
+        order = Order(self.actor, self.reason, self.change_id, self.resent, self.now)
+        print_done(self.session.ask(lambda store: act(store, order)), self.session.output)
+
+    def _confirm(self, concerns: tuple[str, ...]) -> None:
+        if self.yes:
+            return
+        if self.session.output is OutputFormat.TABLE and sys.stdin.isatty() and sys.stderr.isatty():
+            print_concerns(concerns)
+            if typer.confirm("Is that meant?", err=True):
+                return
+            raise ConfirmationNeededError(["not confirmed: nothing was changed"])
+        raise ConfirmationNeededError([*concerns, "nothing was changed: --yes confirms that this is meant"])
+
+
+async def load(store: Store) -> Snapshot:
+    """Load the policy for commands that do not decide."""
+    return await load_snapshot(store, DecisionOptions())
+
+
+def standing(snapshot: Snapshot) -> dict[str, Json]:
+    """Return what the JSON of every answer says of the policy that it comes from."""
+    return {"epoch": snapshot.epoch, "revision": snapshot.revision}
+
+
+@contextmanager
+def reading(output: OutputFormat, redis_url: str | None, config: Path | None) -> Iterator[Session]:
+    """Run a command that only reads; a failure in the block is printed and ends it with its exit code."""
+    session = Session(output, redis_url, config)
+    with session.failures_told():
+        yield session
+
+
+@contextmanager
+def writing(
+    *,
+    reason: str,
+    actor: str | None,
+    change_id: str | None,
+    yes: bool,
+    output: OutputFormat,
+    redis_url: str | None,
+    config: Path | None,
+) -> Iterator[Writer]:
+    """Run a command that writes; as `reading`."""
+    with reading(output, redis_url, config) as session:
+        reader = Reader()
+        given_id = reader.read(inputs.change_id, change_id) if change_id is not None else None
+        yield Writer(
+            session,
+            reader,
+            actor=reader.read(inputs.line("--actor", required=True), actor or inputs.operating_system_user()) or "",
+            reason=reader.read(inputs.line("--reason", required=True), reason) or "",
+            change_id=given_id or str(uuid.uuid4()),
+            resent=change_id is not None,
+            yes=yes,
+            now=time.time(),
+        )
+
+
+def _command_again(change_id: str) -> str:
+    """Return the command line that sends the same change once more; a password in it is hidden."""
+    arguments = [_PASSWORD.sub(rf"\1{HIDDEN}@", word) for word in sys.argv[1:]]
+    if not any(word.startswith("--change-id") for word in arguments):
+        arguments.insert(arguments.index("--") if "--" in arguments else len(arguments), f"--change-id={change_id}")
+    return shlex.join([NAME, *arguments])
