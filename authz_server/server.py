@@ -5,17 +5,22 @@ the follower and the store; the admin port last, so that it can be asked until t
 """
 
 import asyncio
+import contextlib
 import logging
 import math
 import os
 import signal
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 
 import structlog
 
-from authz_server.admin import AdminServer, CannotListenError, build_admin_app, open_socket
+from authz_server.admin.app import build_admin_app
+from authz_server.admin.listening import AdminServer, CannotListenError, open_socket
+from authz_server.decision_log import DecisionLog, LogOptions
 from authz_server.ext_authz.check_response import ResponseOptions
 from authz_server.ext_authz.checker import Checked, Checker
 from authz_server.ext_authz.grpcio_transport import GrpcioTransport, TlsFiles, TransportError
@@ -34,6 +39,8 @@ EXIT_FAILED = 1
 FAULT_SECONDS = 1.0
 """At most one internal error in this time is logged: clients may be able to provoke them."""
 _CANCEL_AGAIN_SECONDS = 0.1
+_LOG_CLOSE_SECONDS = 2.0
+"""How long the decision log may take for its last lines."""
 _RECORDS_LOGGED = 50
 """Of the records that a change touches, so many are named in the log; the store's history names all."""
 
@@ -85,20 +92,22 @@ async def _serve(settings: Settings, stopping: asyncio.Event, stack: AsyncExitSt
             ready=health.is_ready,
         )
     )
+    log = DecisionLog(_log_options(settings), _to_standard_output if settings.decision_log == "stdout" else None)
     checker = Checker(
         current,
         _response_options(settings),
         max_request_bytes=settings.max_request_bytes,
-        observe=Observer(metrics),
+        observe=Observer(metrics, log),
         observe_unavailable=metrics.count_unavailable,
     )
     transport = GrpcioTransport(checker, listen=settings.listen, tls=_tls_files(settings), health=health)
     admin = AdminServer(
-        build_admin_app(health=health, registry=metrics.registry, current=current, age_seconds=age_seconds)
+        build_admin_app(health=health, registry=metrics.registry, current=current, age_seconds=age_seconds, log=log)
     )
 
     # Everything is left in the reverse order of these lines, also when one of them fails.
     stack.push_async_callback(store.close)
+    stack.enter_context(_writing(log))
     admin_host, admin_port = parse_listen(settings.admin_listen)
     listening = stack.enter_context(open_socket(admin_host, admin_port))
     admin_task = asyncio.create_task(admin.serve([listening]), name="admin port")
@@ -170,10 +179,11 @@ class StatusWatch:
 
 
 class Observer:
-    """Counts what the checker answers, and logs its faults, not more than one in FAULT_SECONDS."""
+    """Counts and logs what the checker answers, and its faults, of which not more than one in FAULT_SECONDS."""
 
-    def __init__(self, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, metrics: Metrics, log: DecisionLog, clock: Callable[[], float] = time.monotonic) -> None:
         self._metrics = metrics
+        self._decisions = log
         self._clock = clock
         self._quiet_until = -math.inf
         self._not_logged = 0
@@ -181,6 +191,7 @@ class Observer:
     def __call__(self, checked: Checked) -> None:
         """Take note of one answer."""
         self._metrics.observe(checked.decision, checked.seconds)
+        self._decisions.note(checked.decision, checked.attributes, checked.revision, checked.seconds)
         if checked.error is None:
             return
         now = self._clock()
@@ -251,6 +262,32 @@ def _missing(health: HealthState) -> dict[str, str]:
 
 def _host_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _to_standard_output(lines: str) -> None:
+    sys.stdout.write(lines)
+    sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _writing(log: DecisionLog) -> Iterator[None]:
+    """Let a thread write the decision log, and at the end what is left of it."""
+    # A daemon: whoever reads standard output may have hung, and must not keep the process from leaving.
+    writer = threading.Thread(target=log.run, name="decision log", daemon=True)
+    writer.start()
+    try:
+        yield
+    finally:
+        log.stop()
+        writer.join(_LOG_CLOSE_SECONDS)
+
+
+def _log_options(settings: Settings) -> LogOptions:
+    return LogOptions(
+        denials_per_second=settings.decision_log_denials_per_second,
+        allowed_ratio=settings.decision_log_allowed_ratio,
+        anonymize=settings.decision_log_anonymize,
+    )
 
 
 def _response_options(settings: Settings) -> ResponseOptions:

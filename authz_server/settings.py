@@ -303,6 +303,18 @@ class Settings(BaseSettings):
         description="After SIGTERM, how long to go on answering (not ready) while endpoints are taken out",
     )
     grace_seconds: float = Field(10.0, ge=0, le=3600, description="After that, how long calls in flight may take")
+    decision_log: Literal["stdout", "off"] = Field(
+        "stdout", description="Where decisions are logged as JSON lines (other log lines go to standard error)"
+    )
+    decision_log_denials_per_second: int = Field(
+        100, ge=0, le=100_000, description="Denials logged in any one second; the others are counted, by reason"
+    )
+    decision_log_allowed_ratio: float = Field(
+        0.0, ge=0, le=1, description="The part of allowed requests that is logged, such as 0.001"
+    )
+    decision_log_anonymize: bool = Field(
+        False, description="Whether the log and the admin page show only 24 bits of IPv4 client addresses, 48 of IPv6"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least level logged")
     log_format: Literal["auto", "json", "console"] = Field(
         "auto", description="`json` lines, `console` for people; `auto` is console on a terminal"

@@ -21,9 +21,10 @@ ROOMS_BELOW: dict[str, frozenset[str]] = {
     "refresher": frozenset({"policy", "store"}),
     "health": frozenset({"policy"}),
     "metrics": frozenset({"policy", "refresher", "health", "store", "ext_authz"}),
-    "decision_log": frozenset({"policy", "ext_authz"}),
+    "decision_log": frozenset({"policy"}),
     "logs": frozenset({"policy"}),
-    "admin": frozenset({"policy", "refresher", "health", "metrics", "store"}),
+    "admin": frozenset({"policy", "refresher", "health", "metrics", "store", "decision_log", "explanation"}),
+    "explanation": frozenset({"policy"}),
     "settings": frozenset({"policy", "store", "ext_authz"}),
 }
 """Room -> the rooms of ours that it may import, beside itself. Rooms not named here are at the top."""

@@ -16,6 +16,7 @@ import trustme
 from structlog.testing import capture_logs
 from support.process import ServerProcess, apply_writes, init_policy
 
+from authz_server.decision_log import DecisionLog, LogOptions
 from authz_server.demo.valkey import Valkey
 from authz_server.ext_authz.checker import Checked
 from authz_server.health import ComponentName, HealthState
@@ -101,7 +102,7 @@ class TestObserver:
 
     def test_internal_errors_are_logged_with_their_trace_at_a_bounded_rate(self) -> None:
         now = 100.0
-        observer = Observer(Metrics(), clock=lambda: now)
+        observer = Observer(Metrics(), DecisionLog(LogOptions(), None), clock=lambda: now)
         fault = Checked(Denied(Reason.INTERNAL_ERROR), None, 0, 0.001, RuntimeError("boom"))
         with capture_logs() as logs:
             for _ in range(5):
@@ -114,7 +115,7 @@ class TestObserver:
     def test_denials_are_counted_and_not_logged(self) -> None:
         metrics = Metrics()
         with capture_logs() as logs:
-            Observer(metrics)(Checked(Denied(Reason.BLOCKED), None, 7, 0.001))
+            Observer(metrics, DecisionLog(LogOptions(), None))(Checked(Denied(Reason.BLOCKED), None, 7, 0.001))
         assert logs == []
         labels = {"outcome": "denied", "reason": "blocked"}
         assert metrics.registry.get_sample_value("authz_checks_total", labels) == 1
@@ -228,6 +229,10 @@ class TestProcess:
 
             def assert_policy_holds() -> None:
                 assert server.check(BLOCKED_ADDRESS).denied_response.status.code == 404
+                server.wait_log("decision")
+                logged = server.logged("decision")[0]
+                assert (logged["client_address"], logged["reason"]) == (BLOCKED_ADDRESS, "blocked")
+                assert BLOCKED_ADDRESS in server.get("/")[1]
                 ok = server.check(x_tenant_id="acme").ok_response
                 headers = {option.header.key: option.header.value for option in ok.headers}
                 assert headers == {"x-tenant-instance": "queue-3", "x-tenant-id": "acme"}

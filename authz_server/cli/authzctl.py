@@ -16,8 +16,7 @@ from authz_server.cli.changes import (
     RemoveFromScope,
     SetScope,
 )
-from authz_server.cli.explanation import describe_request, explain
-from authz_server.cli.failures import (
+from authz_server.cli.failures import BadInputError, (
     EXIT_CODES,
     NotFoundError,
 )
@@ -52,6 +51,7 @@ from authz_server.cli.session import (
     writing,
 )
 from authz_server.cli.times import parse_moment, show_expiry, show_moment
+from authz_server.explanation import CannotDescribeError, describe_request, explain
 from authz_server.policy.access import Enforcement, Entry, EntryTable, Mode, Resource, Scope, Side, own_list
 from authz_server.policy.paths import parse_path_pattern
 from authz_server.policy.records import RecordKind
@@ -360,9 +360,12 @@ def explain_command(
         moment = now if at is None else reader.read(lambda text: parse_moment(text, now), at)
         headers = [read for text in header or () if (read := reader.read(inputs.header, text))]
         reader.done()
-        attributes = describe_request(
-            address, method=method, host=host, path=path, headers=headers, tenant=tenant, options=options
-        )
+        try:
+            attributes = describe_request(
+                address, method=method, host=host, path=path, headers=headers, tenant=tenant, options=options
+            )
+        except CannotDescribeError as error:
+            raise BadInputError([str(error)]) from None
         snapshot = session.ask(lambda store: load_snapshot(store, options))
         print_explanation(explain(attributes, snapshot, now if moment is None else moment), output)
 

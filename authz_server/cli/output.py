@@ -16,9 +16,9 @@ from rich.text import Text
 
 from authz_server.cli.administration import Done
 from authz_server.cli.changes import Effect, Step
-from authz_server.cli.explanation import Explanation
 from authz_server.cli.failures import AuthzctlError, OutputLostError
 from authz_server.cli.times import show_expiry, show_moment
+from authz_server.explanation import Explanation
 from authz_server.policy.access import Enforcement, Entry, NamedList, Resource, Scope, ScopeOutcome
 from authz_server.policy.affinity import Instance, Tenant
 from authz_server.policy.decision import Allowed

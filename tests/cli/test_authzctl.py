@@ -22,9 +22,9 @@ from typer.testing import CliRunner
 
 from authz_server.cli import administration, session
 from authz_server.cli.authzctl import app
-from authz_server.cli.explanation import describe_request
 from authz_server.demo.processes import free_port
 from authz_server.demo.valkey import Valkey
+from authz_server.explanation import describe_request
 from authz_server.policy.access import Entry
 from authz_server.policy.addresses import parse_network
 from authz_server.policy.decision import Allowed, decide

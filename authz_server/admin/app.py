@@ -1,30 +1,32 @@
-"""The admin port: probes, metrics and what the snapshot is. Plain HTTP, read-only, shows no secret."""
+"""The routes of the admin port."""
 
-import contextlib
-import os
-import socket
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from typing import Any
 
-import uvicorn
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from authz_server.admin.page import SECURITY_HEADERS, Page
+from authz_server.decision_log import DecisionLog
 from authz_server.health import HealthState
 from authz_server.policy.snapshot import Snapshot
 
 _UNREADABLE_SHOWN = 1000
 """Of the unreadable records, so many are named; all are counted."""
-_CLOSE_SECONDS = 1
-"""How long answers under way may take once the port closes."""
 
-
-class CannotListenError(Exception):
-    """The port cannot be had; the message says which and why."""
+_THIS_MACHINE = ("127.0.0.1", "::1")
+"""Exactly these: Istio's sidecar hands on other pods' connections from 127.0.0.6."""
+_THIS_MACHINE_NAMES = ("localhost", *_THIS_MACHINE)
+"""No other name, or a web site whose name resolves to 127.0.0.1 could read the page in an administrator's browser."""
+_ONLY_HERE = (
+    "The page shows client addresses, so it is only for this machine: kubectl port-forward this pod's admin port, "
+    "and open http://localhost:PORT/\n"
+)
 
 
 def build_admin_app(
@@ -33,6 +35,7 @@ def build_admin_app(
     registry: CollectorRegistry,
     current: Callable[[], Snapshot | None],
     age_seconds: Callable[[], float | None],
+    log: DecisionLog,
 ) -> Starlette:
     """Build the routes.
 
@@ -41,7 +44,15 @@ def build_admin_app(
         registry: what /metrics tells.
         current: returns the snapshot that decisions are made from.
         age_seconds: returns how long ago the store last confirmed that snapshot; None: never.
+        log: holds the last denials, for the page.
     """
+    page = Page(health=health, current=current, age_seconds=age_seconds, log=log, clock=time.time)
+
+    async def index(request: Request) -> Response:
+        peer = request.client.host if request.client else ""
+        if peer not in _THIS_MACHINE or request.url.hostname not in _THIS_MACHINE_NAMES:
+            return PlainTextResponse(_ONLY_HERE, status_code=403)
+        return HTMLResponse(page.render(request.query_params), headers=SECURITY_HEADERS)
 
     async def livez(_request: Request) -> Response:
         return PlainTextResponse("ok\n")
@@ -67,6 +78,7 @@ def build_admin_app(
 
     return Starlette(
         routes=[
+            Route("/", index),
             Route("/livez", livez),
             Route("/readyz", readyz),
             Route("/metrics", metrics),
@@ -90,48 +102,3 @@ def _describe(snapshot: Snapshot) -> dict[str, Any]:
 
 def _rounded(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 3)
-
-
-def open_socket(host: str, port: int) -> socket.socket:
-    """Listen on a TCP port; 0 takes a free one.
-
-    Raises:
-        CannotListenError: naming host, port and why.
-    """
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        # As gRPC does: [::] also takes IPv4, which kubelet's probes may come by.
-        dual_stack = family is socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
-        return socket.create_server(address, family=family, dualstack_ipv6=dual_stack)
-    except socket.gaierror as error:
-        raise CannotListenError(f"cannot listen on host {host}: {error.strerror}") from None
-    except UnicodeError:  # what the codec of host names raises for a label of more than 63 characters
-        raise CannotListenError(f"cannot listen on host {host}: it is not a host name") from None
-    except OSError as error:
-        raise CannotListenError(f"cannot listen on host {host}, port {port}: {os.strerror(error.errno or 0)}") from None
-
-
-class AdminServer(uvicorn.Server):
-    """Serves the admin port inside a running event loop, and leaves signals to whoever runs that loop."""
-
-    def __init__(self, app: Starlette) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                ws="none",
-                server_header=False,
-                timeout_graceful_shutdown=_CLOSE_SECONDS,
-            )
-        )
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Capture none."""
-        yield
-
-    def stop(self) -> None:
-        """Make `serve` return soon."""
-        self.should_exit = True

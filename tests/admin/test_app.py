@@ -7,7 +7,9 @@ import httpx
 import pytest
 from prometheus_client import Counter
 
-from authz_server.admin import CannotListenError, build_admin_app, open_socket
+from authz_server.admin.app import build_admin_app
+from authz_server.admin.listening import CannotListenError, open_socket
+from authz_server.decision_log import DecisionLog, LogOptions
 from authz_server.health import ComponentName, HealthState
 from authz_server.metrics import Metrics
 from authz_server.policy.access import Scope
@@ -25,6 +27,7 @@ class Admin:
     metrics: Metrics = field(default_factory=Metrics)
     snapshot: Snapshot | None = None
     age_seconds: float | None = None
+    log: DecisionLog = field(default_factory=lambda: DecisionLog(LogOptions(), None))
 
     async def request(self, method: str, path: str, headers: dict[str, str] | None = None) -> httpx.Response:
         app = build_admin_app(
@@ -32,6 +35,7 @@ class Admin:
             registry=self.metrics.registry,
             current=lambda: self.snapshot,
             age_seconds=lambda: self.age_seconds,
+            log=self.log,
         )
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://admin") as client:
             return await client.request(method, path, headers=headers)
@@ -59,7 +63,7 @@ async def test_nothing_can_be_changed(method: str, path: str) -> None:
     assert (await Admin().request(method, path)).status_code == 405
 
 
-@pytest.mark.parametrize("path", ["/", "/healthz", "/snapshot/", "/config"])
+@pytest.mark.parametrize("path", ["/healthz", "/snapshot/", "/config"])
 async def test_there_is_nothing_else(path: str) -> None:
     assert (await Admin().get(path)).status_code in (307, 404)
 

@@ -1,16 +1,19 @@
-"""`explain`: the request that an administrator describes, and what the server's own `decide` makes of it. Pure."""
+"""`explain`: a request that somebody describes, and what the server's own `decide` makes of it. Pure."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from urllib.parse import quote
 
-from authz_server.cli.failures import BadInputError
 from authz_server.policy.addresses import Address
 from authz_server.policy.affinity import Tenant
 from authz_server.policy.attributes import RequestAttributes
 from authz_server.policy.decision import Decision, decide
 from authz_server.policy.snapshot import DecisionOptions, Snapshot
 from authz_server.policy.tenant import SourceKind, TenantSource
+
+
+class CannotDescribeError(ValueError):
+    """What was given does not make one request; the message says what to leave out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,8 @@ def describe_request(
     A tenant is named where the server looks first.
 
     Raises:
-        BadInputError: the server would not see the tenant, or it is named in a part of the request that is given too.
+        CannotDescribeError: the server would not see the tenant, or it is named in a part of the request that is
+            given too.
     """
     joined: dict[str, str] = {}
     for name, value in headers:
@@ -62,7 +66,7 @@ def describe_request(
     if tenant is None:
         return attributes
     if not options.tenant_sources:
-        raise BadInputError(["--tenant: the settings name no tenant source (AUTHZ_TENANT_FROM), so no server sees it"])
+        raise CannotDescribeError("tenant: the settings name no source of it (AUTHZ_TENANT_FROM), so no server sees it")
     return _name_tenant(attributes, tenant, options.tenant_sources[0])
 
 
@@ -86,16 +90,16 @@ def _name_tenant(attributes: RequestAttributes, tenant: str, source: TenantSourc
     match source.kind:
         case SourceKind.HEADER:
             if source.name in attributes.headers:
-                raise BadInputError([f"--tenant and --header {source.name}: give one of them"])
+                raise CannotDescribeError(f"tenant and header {source.name}: give one of them")
             return replace(attributes, headers={**attributes.headers, source.name: tenant})
         case SourceKind.QUERY:
             mark = "&" if "?" in attributes.path else "?"
             return replace(attributes, path=f"{attributes.path}{mark}{quote(source.name)}={quote(tenant, safe='')}")
         case SourceKind.HOST:
             if attributes.host:
-                raise BadInputError([f"--tenant and --host: the host names the tenant ({source}), give one of them"])
+                raise CannotDescribeError(f"tenant and host: the host names the tenant ({source}), give one of them")
             return replace(attributes, host=source.name.replace("{tenant}", tenant))
         case SourceKind.PATH:
             if attributes.path != "/":
-                raise BadInputError([f"--tenant and --path: the path names the tenant ({source}), give one of them"])
+                raise CannotDescribeError(f"tenant and path: the path names the tenant ({source}), give one of them")
             return replace(attributes, path=source.name.replace("{tenant}", quote(tenant, safe="")))
