@@ -16,8 +16,9 @@ from authz_server.cli.changes import (
     RemoveFromScope,
     SetScope,
 )
-from authz_server.cli.failures import BadInputError, (
+from authz_server.cli.failures import (
     EXIT_CODES,
+    BadInputError,
     NotFoundError,
 )
 from authz_server.cli.inputs import Reader
