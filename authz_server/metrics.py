@@ -1,18 +1,26 @@
 """What Prometheus sees. Labels are Envoy's words and the reasons; no label grows with traffic or with tenants."""
 
+import time
 from collections.abc import Callable, Iterator
+from heapq import nlargest
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from authz_server.policy.access import Enforcement
-from authz_server.policy.decision import Decision
+from authz_server.policy.affinity import Affinity
+from authz_server.policy.decision import Allowed, Decision
 from authz_server.policy.reasons import Reason
 from authz_server.policy.snapshot import Snapshot
 
 _ALLOWING = (Reason.ALLOWED, Reason.ALLOWLISTED)
 _SCOPE_KINDS = ("global", "tenant", "resource")
+BUSIEST_TENANTS = 20
+"""Tenants with series of their own."""
+WINDOW_SECONDS = 60.0
+"""Over which the busiest tenants are counted, at least."""
+_PROPAGATION_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
 _SECONDS = (0.00002, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25)
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the number of series, and nothing here needs them
@@ -46,6 +54,21 @@ class Metrics:
             registry=self.registry,
         )
         self._shadow = {kind: shadow.labels(kind) for kind in _SCOPE_KINDS}
+        affinity = Counter(
+            "authz_affinity_total",
+            "Allowed requests by where their instance came from: pinned, hashed, or none named.",
+            ("source",),
+            registry=self.registry,
+        )
+        self._affinity = {source: affinity.labels(source.value) for source in Affinity}
+        self._busiest = BusiestTenants()
+        self.registry.register(self._busiest)
+        self._propagation = Histogram(
+            "authz_propagation_seconds",
+            "From the store's clock at a change to this server's when it was in use; clocks that differ are in it.",
+            buckets=_PROPAGATION_SECONDS,
+            registry=self.registry,
+        )
         self._unavailable = Counter(
             "authz_unavailable_total",
             "Checks that found no snapshot to decide from: UNAVAILABLE, and Envoy's fail-open setting had the word.",
@@ -56,6 +79,10 @@ class Metrics:
         """Count one answered check."""
         self._checks[decision.reason].inc()
         self._seconds.observe(seconds)
+        if isinstance(decision, Allowed):
+            self._affinity[decision.affinity].inc()
+            if decision.affinity is Affinity.PINNED and decision.tenant is not None:
+                self._busiest.count(decision.tenant)
         for outcome in decision.scopes:
             if outcome.enforcement is Enforcement.SHADOW and outcome.denies:
                 self._shadow[outcome.scope.partition(":")[0]].inc()
@@ -63,6 +90,47 @@ class Metrics:
     def count_unavailable(self) -> None:
         """Count one check that found no snapshot."""
         self._unavailable.inc()
+
+    def observe_change(self, changed_at: float, in_use_at: float) -> None:
+        """Count one applied change; both times are seconds since the Unix epoch."""
+        self._propagation.observe(max(0.0, in_use_at - changed_at))
+
+
+class BusiestTenants(Collector):
+    """Checks a second of the tenants that had the most, over the last full window.
+
+    Only pinned tenants are counted, so that made-up tenant ids grow nothing, and only the busiest are shown, so that
+    a million tenants do not become a million series.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._counts: dict[str, int] = {}
+        self._since = clock()
+        self._shown: list[tuple[str, float]] = []
+
+    def count(self, tenant: str) -> None:
+        """Count one check of a pinned tenant."""
+        counts = self._counts
+        counts[tenant] = counts.get(tenant, 0) + 1
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the busiest tenants; a window ends with the first scrape after its time."""
+        now = self._clock()
+        elapsed = now - self._since
+        if elapsed >= WINDOW_SECONDS:
+            counts, self._counts = self._counts, {}
+            self._since = now
+            busiest = nlargest(BUSIEST_TENANTS, counts.items(), key=lambda item: item[1])
+            self._shown = [(tenant, count / elapsed) for tenant, count in busiest]
+        family = GaugeMetricFamily(
+            "authz_busiest_tenants_checks_per_second",
+            f"The {BUSIEST_TENANTS} pinned tenants with the most allowed checks in the last full minute.",
+            labels=("tenant",),
+        )
+        for tenant, rate in self._shown:
+            family.add_metric((tenant,), rate)
+        yield family
 
 
 class StateCollector(Collector):
@@ -75,6 +143,7 @@ class StateCollector(Collector):
         age_seconds: Callable[[], float | None],
         connected: Callable[[], bool],
         ready: Callable[[], bool],
+        log_dropped: Callable[[], int],
     ) -> None:
         """Make a collector to be registered.
 
@@ -83,17 +152,24 @@ class StateCollector(Collector):
             age_seconds: returns how long ago the store last confirmed that snapshot; None: never.
             connected: tells whether the store is connected.
             ready: tells whether the process is ready.
+            log_dropped: returns how many decisions the log could not take.
         """
         self._current = current
         self._age_seconds = age_seconds
         self._connected = connected
         self._ready = ready
+        self._log_dropped = log_dropped
 
     def collect(self) -> Iterator[Metric]:
         """Yield the gauges; those of a snapshot only while there is one."""
         yield GaugeMetricFamily("authz_ready", "Whether the process is ready (1) or not (0).", value=self._ready())
         yield GaugeMetricFamily(
             "authz_redis_connected", "Whether the store is connected (1) or not (0).", value=self._connected()
+        )
+        yield CounterMetricFamily(
+            "authz_decision_log_dropped",
+            "Decisions that were to be logged and were lost: the log's reader is too slow, or gone.",
+            value=self._log_dropped(),
         )
         age_seconds = self._age_seconds()
         if age_seconds is not None:
@@ -106,6 +182,9 @@ class StateCollector(Collector):
         if snapshot is None:
             return
         counts = snapshot.counts()
+        yield InfoMetricFamily(
+            "authz_snapshot", "Which policy decisions are made from.", value={"epoch": snapshot.epoch}
+        )
         yield GaugeMetricFamily(
             "authz_snapshot_revision", "Revision of the snapshot that decisions are made from.", value=snapshot.revision
         )

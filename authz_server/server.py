@@ -69,11 +69,17 @@ async def serve(settings: Settings) -> int:
 async def _serve(settings: Settings, stopping: asyncio.Event, stack: AsyncExitStack) -> int:
     health = HealthState()
     metrics = Metrics()
+    log = DecisionLog(_log_options(settings), _to_standard_output if settings.decision_log == "stdout" else None)
     store = RedisStore(settings.store_url(), prefix=settings.redis_prefix)
+
+    def on_event(event: Event) -> None:
+        metrics.observe_change(event.at, time.time())
+        log_event(event)
+
     refresher = Refresher(
         store,
         settings.decision_options(),
-        on_event=log_event,
+        on_event=on_event,
         on_status=StatusWatch(health, lambda: refresher.current),
         max_age_seconds=settings.max_snapshot_age_seconds,
     )
@@ -90,9 +96,9 @@ async def _serve(settings: Settings, stopping: asyncio.Event, stack: AsyncExitSt
             age_seconds=age_seconds,
             connected=lambda: refresher.status.connected,
             ready=health.is_ready,
+            log_dropped=lambda: log.dropped,
         )
     )
-    log = DecisionLog(_log_options(settings), _to_standard_output if settings.decision_log == "stdout" else None)
     checker = Checker(
         current,
         _response_options(settings),

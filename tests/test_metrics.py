@@ -3,9 +3,10 @@
 import pytest
 from prometheus_client import CollectorRegistry
 
-from authz_server.metrics import Metrics, StateCollector
+from authz_server.metrics import BUSIEST_TENANTS, WINDOW_SECONDS, BusiestTenants, Metrics, StateCollector
 from authz_server.policy.access import Enforcement, ScopeOutcome
 from authz_server.policy.addresses import parse_address
+from authz_server.policy.affinity import Affinity
 from authz_server.policy.decision import Allowed, Denied
 from authz_server.policy.reasons import Reason
 from authz_server.policy.records import RecordKey, RecordKind, Unreadable
@@ -41,6 +42,56 @@ def test_what_shadow_scopes_would_have_denied_is_counted_by_kind_of_scope() -> N
         assert metrics.registry.get_sample_value("authz_shadow_denials_total", {"scope_kind": kind}) == expected
 
 
+def test_where_instances_come_from_is_counted_for_allowed_requests() -> None:
+    metrics = Metrics()
+    for affinity in (Affinity.PINNED, Affinity.PINNED, Affinity.HASHED, Affinity.NONE):
+        metrics.observe(Allowed(Reason.ALLOWED, ADDRESS, "acme", "queue-1", affinity), 0.0001)
+    metrics.observe(Denied(Reason.BLOCKED, ADDRESS), 0.0001)
+    counted = {
+        source: metrics.registry.get_sample_value("authz_affinity_total", {"source": source.value})
+        for source in Affinity
+    }
+    assert counted == {Affinity.PINNED: 2, Affinity.HASHED: 1, Affinity.NONE: 1}
+
+
+def busiest(collector: BusiestTenants) -> dict[str, float]:
+    (family,) = collector.collect()
+    return {sample.labels["tenant"]: sample.value for sample in family.samples}
+
+
+def test_the_busiest_tenants_of_the_last_window_are_shown_and_no_others() -> None:
+    now = 0.0
+    collector = BusiestTenants(clock=lambda: now)
+    for number in range(BUSIEST_TENANTS + 5):
+        for _ in range(number + 1):
+            collector.count(f"t{number}")
+    assert busiest(collector) == {}, "no window is full yet"
+    now = WINDOW_SECONDS
+    shown = busiest(collector)
+    assert len(shown) == BUSIEST_TENANTS
+    assert shown[f"t{BUSIEST_TENANTS + 4}"] == (BUSIEST_TENANTS + 5) / WINDOW_SECONDS
+    assert "t4" not in shown
+    assert busiest(collector) == shown, "a second scraper sees the same"
+    now = 2 * WINDOW_SECONDS
+    assert busiest(collector) == {}
+
+
+@pytest.mark.parametrize(("affinity", "tenant"), [(Affinity.HASHED, "made-up"), (Affinity.NONE, "made-up")])
+def test_tenants_that_are_not_registered_grow_nothing(affinity: Affinity, tenant: str) -> None:
+    metrics = Metrics()
+    metrics.observe(Allowed(Reason.ALLOWED, ADDRESS, tenant, "queue-1", affinity), 0.0001)
+    metrics.observe(Denied(Reason.UNKNOWN_TENANT, ADDRESS, tenant), 0.0001)
+    assert not metrics._busiest._counts
+
+
+def test_propagation_is_never_negative_whatever_the_clocks_say() -> None:
+    metrics = Metrics()
+    metrics.observe_change(100.0, 100.02)
+    metrics.observe_change(100.0, 99.0)
+    assert metrics.registry.get_sample_value("authz_propagation_seconds_sum") == pytest.approx(0.02)
+    assert metrics.registry.get_sample_value("authz_propagation_seconds_count") == 2
+
+
 def test_unavailable_is_counted() -> None:
     metrics = Metrics()
     metrics.count_unavailable()
@@ -55,6 +106,7 @@ def collect(snapshot: Snapshot | None, age_seconds: float | None, *, connected: 
             age_seconds=lambda: age_seconds,
             connected=lambda: connected,
             ready=lambda: ready,
+            log_dropped=lambda: 3,
         )
     )
     return registry
@@ -76,6 +128,8 @@ def test_figures_of_a_snapshot() -> None:
     assert registry.get_sample_value("authz_redis_connected") == 1
     assert registry.get_sample_value("authz_snapshot_age_seconds") == 1.5
     assert registry.get_sample_value("authz_snapshot_revision") == 42
+    assert registry.get_sample_value("authz_snapshot_info", {"epoch": "e"}) == 1
+    assert registry.get_sample_value("authz_decision_log_dropped_total") == 3
     assert registry.get_sample_value("authz_snapshot_unreadable_records") == 1
     assert registry.get_sample_value("authz_snapshot_degraded_scopes") == 1
     kinds = ("lists", "entries", "scopes", "resources", "tenants", "instances")
