@@ -1,0 +1,216 @@
+"""The manifests of istio/ are what their APIs take, alone and built by kustomize, with unknown fields refused."""
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from istio.mesh_config import IstiodValues, ProxyConfig
+from kubernetes_validate import ValidationError as KubernetesError
+from pydantic import ValidationError
+from support.manifests import (
+    ISTIO,
+    Manifest,
+    compose,
+    files,
+    is_object,
+    kustomize,
+    overlays,
+    read,
+    validate,
+    with_surprises,
+)
+
+# kubectl is started for every build, and validating each broken copy takes a while.
+pytestmark = pytest.mark.integration
+
+REFUSED = (ValidationError, KubernetesError)
+
+VALUES = [path for path in files() if path.name == "istiod-values.yaml"]
+
+KUSTOMIZED = [path for path in overlays() if (path / "kustomization.yaml").exists()]
+
+# Where a mapping's keys are the user's own, so that no schema can refuse one.
+FREE = (
+    "labels",
+    "annotations",
+    "matchLabels",
+    "selector",
+    "headers",
+    "queryParams",
+    "tagOverrides",
+    "requests",
+    "limits",
+)
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(ISTIO))
+
+
+def _identity(manifest: Manifest) -> str:
+    return f"{manifest['kind']}/{manifest['metadata']['name']}"
+
+
+@pytest.fixture(scope="module")
+def platform() -> list[Manifest]:
+    return kustomize(ISTIO / "example")
+
+
+@pytest.mark.parametrize("folder", [ISTIO / "gateway", ISTIO / "base", ISTIO / "example"], ids=_name)
+def test_a_kustomization_builds_valid_objects(folder: Path) -> None:
+    built = kustomize(folder)
+    assert built
+    for manifest in built:
+        validate(manifest)
+
+
+@pytest.mark.parametrize("overlay", KUSTOMIZED, ids=lambda path: path.name)
+def test_an_overlay_on_gateway_and_base_builds_valid_objects(overlay: Path, tmp_path: Path) -> None:
+    built = compose(tmp_path, overlay)
+    for manifest in built:
+        validate(manifest)
+    plain = kustomize(ISTIO / "gateway") + kustomize(ISTIO / "base")
+    assert any(manifest not in plain for manifest in built), "the overlay changes nothing"
+
+
+def test_every_object_is_in_a_build_and_every_file_says_what_it_does() -> None:
+    for folder in [ISTIO / "gateway", ISTIO / "base", ISTIO / "example", *KUSTOMIZED]:
+        kustomization = read(folder / "kustomization.yaml")[0]
+        listed = {
+            *(entry for entry in kustomization.get("resources", []) if entry.endswith(".yaml")),
+            *(entry["path"] for entry in kustomization.get("patches", [])),
+        }
+        there = {path.name for path in folder.glob("*.yaml")} - {"kustomization.yaml", "istiod-values.yaml"}
+        assert there == listed, folder
+    for path in files():
+        text = path.read_text()
+        assert text.startswith("#") or path.name == "namespace.yaml", path
+        if any(is_object(manifest) for manifest in read(path)) and path.parent.parent.name == "overlays":
+            assert "# What:" in text, path
+            assert "# Without it:" in text, path
+
+
+@pytest.mark.parametrize("path", VALUES, ids=_name)
+def test_the_mesh_configuration_is_what_istiod_takes(path: Path) -> None:
+    IstiodValues.model_validate(read(path)[0])
+
+
+def test_the_example_has_every_provider_as_its_overlay_has_it() -> None:
+    example = read(ISTIO / "example" / "istiod-values.yaml")[0]["meshConfig"]
+    components = read(ISTIO / "example" / "kustomization.yaml")[0]["components"]
+    parts = [ISTIO / "base", *((ISTIO / "example" / component).resolve() for component in components)]
+    fragments = [
+        read(part / "istiod-values.yaml")[0]["meshConfig"] for part in parts if (part / "istiod-values.yaml").exists()
+    ]
+    providers: list[Any] = []
+    others: Manifest = {}
+    for fragment in fragments:
+        providers += fragment.get("extensionProviders", [])
+        others |= {name: value for name, value in fragment.items() if name != "extensionProviders"}
+    assert example == {**others, "extensionProviders": providers}
+
+
+def test_client_address_overlays_cannot_be_combined_into_both() -> None:
+    """Helm merges mappings, the later file wins: whichever order, one of the two is switched off."""
+    one, other = (
+        read(ISTIO / "overlays" / name / "istiod-values.yaml")[0]["meshConfig"]["defaultConfig"]["gatewayTopology"]
+        for name in ("client-address-network-lb", "client-address-l7-lb")
+    )
+    for merged in (one | other, other | one):
+        ProxyConfig.model_validate({"gatewayTopology": merged})
+    with pytest.raises(ValidationError, match="X-Forwarded-For"):
+        ProxyConfig.model_validate({"gatewayTopology": {"numTrustedProxies": 1, "proxyProtocol": {}}})
+
+
+def test_ways_to_route_exclude_each_other(tmp_path: Path) -> None:
+    ways = ["route-by-header", "route-by-hash"]
+    (tmp_path / "kustomization.yaml").write_text(
+        yaml.safe_dump({"components": [f"overlays/{way}" for way in ways], "resources": ["base"]})
+    )
+    for name in ("overlays", "base"):
+        (tmp_path / name).symlink_to(ISTIO / name)
+    with pytest.raises(subprocess.CalledProcessError) as refusal:
+        kustomize(tmp_path)
+    assert "already registered id" in refusal.value.stderr
+
+
+def test_grace_exceeds_drain(platform: list[Manifest]) -> None:
+    """terminationGracePeriodSeconds is the only end that pilot-agent's waiting has."""
+    (gateway,) = (manifest for manifest in platform if _identity(manifest) == "Deployment/istio-ingress")
+    template = gateway["spec"]["template"]
+    config = ProxyConfig.model_validate(yaml.safe_load(template["metadata"]["annotations"]["proxy.istio.io/config"]))
+    (proxy,) = template["spec"]["containers"]
+    environment = {variable["name"]: variable["value"] for variable in proxy["env"]}
+    grace = template["spec"]["terminationGracePeriodSeconds"]
+    assert environment["EXIT_ON_ZERO_ACTIVE_CONNECTIONS"] == "true"
+    assert config.drainDuration == config.terminationDrainDuration == "600s"
+    assert grace == 660
+    assert _seconds(environment["MINIMUM_DRAIN_DURATION"]) < _seconds(config.drainDuration) < grace
+
+
+def test_no_request_is_left_without_a_route(platform: list[Manifest]) -> None:
+    for manifest in platform:
+        if manifest["kind"] == "VirtualService":
+            assert "match" not in manifest["spec"]["http"][-1], "the last route must take everything"
+
+
+@pytest.mark.parametrize("name", ["Gateway", "VirtualService", "Deployment", "Service", "PodDisruptionBudget"])
+def test_broken_copies_of_the_example_are_refused(platform: list[Manifest], name: str) -> None:
+    _refuse_surprises([manifest for manifest in platform if manifest["kind"] == name])
+
+
+@pytest.mark.parametrize("overlay", KUSTOMIZED, ids=lambda path: path.name)
+def test_broken_copies_of_an_overlay_are_refused(overlay: Path) -> None:
+    listed = read(overlay / "kustomization.yaml")[0].get("resources", [])
+    _refuse_surprises([manifest for name in listed for manifest in read(overlay / name)])
+
+
+@pytest.mark.parametrize("path", VALUES, ids=_name)
+def test_broken_copies_of_the_mesh_configuration_are_refused(path: Path) -> None:
+    for where, broken in with_surprises(read(path)[0]):
+        if where.rsplit("/", 1)[-1] in ("labels", "env"):
+            continue
+        with pytest.raises(ValidationError):
+            IstiodValues.model_validate(broken)
+
+
+@pytest.mark.parametrize(
+    "provider",
+    [
+        pytest.param({"failOpen": "true"}, id="a-word-for-a-boolean"),
+        pytest.param({"port": 90000}, id="no-such-port"),
+        pytest.param({"timeout": "500ms"}, id="a-duration-that-protobuf-does-not-read"),
+        pytest.param({"statusOnError": "299"}, id="a-status-that-Envoy-does-not-know"),
+        pytest.param({"service": "authz-server"}, id="a-short-name-of-a-service"),
+        pytest.param({"timeout": None}, id="no-timeout"),
+    ],
+)
+def test_a_wrong_provider_is_refused(provider: Manifest) -> None:
+    values = read(ISTIO / "base" / "istiod-values.yaml")[0]
+    IstiodValues.model_validate(values)
+    values["meshConfig"]["extensionProviders"][0]["envoyExtAuthzGrpc"] |= provider
+    with pytest.raises(ValidationError):
+        IstiodValues.model_validate(values)
+
+
+def _refuse_surprises(manifests: list[Manifest]) -> None:
+    for manifest in manifests:
+        validate(manifest)
+        for where, broken in with_surprises(manifest["spec"]):
+            if where.rsplit("/", 1)[-1] in FREE or "/patch/value" in where:
+                continue
+            assert _is_refused({**manifest, "spec": broken}), f"{_identity(manifest)}: unknown field in spec/{where}"
+
+
+def _is_refused(manifest: Manifest) -> bool:
+    try:
+        validate(manifest)
+    except REFUSED:
+        return True
+    return False
+
+
+def _seconds(duration: str) -> float:
+    return float(duration.removesuffix("s"))
