@@ -1,7 +1,7 @@
 """Carries out wishes: reads what each must know, plans, has dangers confirmed, applies. No I/O but the store's."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
@@ -26,6 +26,7 @@ from authz_server.policy.records import RecordKey
 from authz_server.policy.snapshot import DecisionOptions, Snapshot, build_snapshot
 from authz_server.store.interface import (
     Change,
+    ChangeIdUsedError,
     ConflictError,
     EpochChangedError,
     Event,
@@ -37,9 +38,6 @@ from authz_server.store.interface import (
     WriteResult,
 )
 from authz_server.store.keys import decode_record
-
-HISTORY_SEARCHED = 1000
-"""How many of the newest changes are searched for a change id that is sent again."""
 
 FIRST_LOOK_SECONDS = 10.0
 """How long a store may be silent before somebody at a terminal is told; the store's own patience is longer."""
@@ -122,7 +120,8 @@ async def carry_out(
     position = await store.position()
     wish = await prepare(store)
     keys = tuple(dict.fromkeys(wish.keys()))
-    if order.resent and (event := await _applied_before(store, order.change_id)):
+    # Planning it again would find its own outcome ("is there already").
+    if order.resent and (event := await store.find_change(order.change_id)):
         if event.action != wish.action or not {record.key for record in event.records} <= set(keys):
             raise BadInputError(
                 [f"the change id {order.change_id!r} belongs to another change: {event.action} by {event.actor}"]
@@ -130,7 +129,7 @@ async def carry_out(
         await _require_no_more(store, wish, event, order)
         return _repeated(order, event)
 
-    known = Known({key: await store.read(key) for key in keys})
+    known = Known(await store.read_many(keys))
     try:
         plan = wish.plan(known, order.now)
     except MissingEntriesError as error:
@@ -152,27 +151,19 @@ async def carry_out(
         raise ChangedMeanwhileError(
             [f"{error.key} was changed by somebody else at this moment: look at it, and ask again if it is still right"]
         ) from error
+    except ChangeIdUsedError as error:
+        raise BadInputError([str(error)]) from error
     except EpochChangedError as error:
         raise ChangedMeanwhileError([f"the policy as a whole was replaced at this moment: {error}"]) from error
     return _done(wish.action, order, result, plan)
 
 
-async def load_snapshot(store: Store, options: DecisionOptions) -> Snapshot:
-    """Load the policy as the server would at its start."""
-    policy = await store.load()
+async def load_snapshot(store: Store, options: DecisionOptions, only: Collection[str] | None = None) -> Snapshot:
+    """Load the policy as the server would at its start, or only some of its collections."""
+    policy = await store.load(only)
     return build_snapshot(
         policy.records, epoch=policy.position.epoch, revision=policy.position.revision, options=options
     )
-
-
-async def _applied_before(store: Store, change_id: str) -> Event | None:
-    """Return the change with this id, if it is among the newest.
-
-    Planning it again would find its own outcome ("is there already"). The store itself also refuses to apply an id
-    twice; this is for a truthful answer.
-    """
-    events = await store.history(count=HISTORY_SEARCHED)
-    return next((event for event in events if event.position.change_id == change_id), None)
 
 
 async def _require_no_more(store: Store, wish: Wish, event: Event, order: Order) -> None:
@@ -182,7 +173,7 @@ async def _require_no_more(store: Store, wish: Wish, event: Event, order: Order)
     they are now.
     """
     found = {record.key: record.previous for record in event.records}
-    others = {key: await store.read(key) for key in dict.fromkeys(wish.keys()) if key not in found}
+    others = await store.read_many(set(wish.keys()) - found.keys())
     if not others:
         return
     before = {

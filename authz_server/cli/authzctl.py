@@ -1,6 +1,7 @@
 """`authzctl`: the security team's command line. Every write names who and why, and is one change in the history."""
 
 import time
+from collections.abc import Iterable, Mapping
 from typing import Annotated
 
 import typer
@@ -55,9 +56,10 @@ from authz_server.cli.times import parse_moment, show_expiry, show_moment
 from authz_server.explanation import CannotDescribeError, describe_request, explain
 from authz_server.policy.access import Enforcement, Entry, EntryTable, Mode, Resource, Scope, Side, own_list
 from authz_server.policy.paths import parse_path_pattern
-from authz_server.policy.records import RecordKind
+from authz_server.policy.records import RecordKey, RecordKind
 from authz_server.policy.snapshot import Snapshot
-from authz_server.store.keys import parse_scope_name
+from authz_server.store.interface import Store
+from authz_server.store.keys import ENTRIES, collection, parse_scope_name
 
 app = typer.Typer(
     name=NAME,
@@ -168,7 +170,7 @@ def _side_group(side: Side) -> typer.Typer:
             snapshot = session.ask(load)
             rows = [
                 (name, list_name, entry)
-                for name, list_name in _lists_of_scopes(snapshot, side)
+                for name, list_name in _lists_of_scopes(snapshot, snapshot.tables, side)
                 if scope in (None, name)
                 for entry in _sorted_entries(snapshot, list_name)
             ]
@@ -244,10 +246,11 @@ def list_show(
 ) -> None:
     """Show the networks of one named list, or all named lists and who uses them."""
     with reading(output, redis_url, config) as session:
-        snapshot = session.ask(load)
         if name is None:
-            _print_lists(snapshot, output)
+            _print_lists(*session.ask(_load_lists), output)
             return
+        only = {"lists", collection(RecordKey(RecordKind.ENTRY, "", name))}
+        snapshot = session.ask(lambda store: load(store, only))
         if name not in snapshot.named_lists:
             raise NotFoundError([f"list {name} does not exist: `authzctl list show` names those that do"])
         rows = [("", name, entry) for entry in _sorted_entries(snapshot, name)]
@@ -379,6 +382,13 @@ app.add_typer(resource_app, name="resource")
 app.add_typer(scope_app, name="scope")
 
 
+async def _load_lists(store: Store) -> tuple[Snapshot, dict[str, int]]:
+    """Load the named lists and who uses them, and count the entries of every list."""
+    counts = await store.record_counts()
+    sizes = {name.removeprefix(ENTRIES): count for name, count in counts.items() if name.startswith(ENTRIES)}
+    return await load(store, {"lists", "scopes"}), sizes
+
+
 def _given_lists(reader: Reader, option: str, names: list[str] | None, none: bool) -> tuple[str, ...] | None:
     if none and names:
         reader.refuse(f"{option} and --no{option[1:]}s: give one of them")
@@ -387,9 +397,9 @@ def _given_lists(reader: Reader, option: str, names: list[str] | None, none: boo
     return reader.read_all(inputs.named("a list"), names) if names else None
 
 
-def _lists_of_scopes(snapshot: Snapshot, side: Side) -> list[tuple[str, str]]:
+def _lists_of_scopes(snapshot: Snapshot, lists: Iterable[str], side: Side) -> list[tuple[str, str]]:
     """Return (scope, list) for every list on one side, scopes by name, a scope's own list first."""
-    own = {name.removesuffix(f"/{side}") for name in snapshot.tables if name.endswith(f"/{side}")}
+    own = {name.removesuffix(f"/{side}") for name in lists if name.endswith(f"/{side}")}
     names = sorted(own | snapshot.scopes.keys())
     return [(name, list_name) for name in names for list_name in snapshot.scopes.get(name, Scope(name)).lists[side]]
 
@@ -443,17 +453,17 @@ def _why(entry: Entry) -> str:
     return f"{entry.reason} ({entry.author}, {day}{owner})"
 
 
-def _print_lists(snapshot: Snapshot, output: OutputFormat) -> None:
+def _print_lists(snapshot: Snapshot, sizes: Mapping[str, int], output: OutputFormat) -> None:
     users: dict[str, list[str]] = {name: [] for name in sorted(snapshot.named_lists)}
     for side in Side:
-        for scope, list_name in _lists_of_scopes(snapshot, side):
+        for scope, list_name in _lists_of_scopes(snapshot, sizes, side):
             if list_name in users:
                 users[list_name].append(f"{scope} ({side}s)")
     if output is OutputFormat.JSON:
         lists: list[Json] = [
             {
                 **(record_json(snapshot.named_lists[name]) or {}),
-                "entries": len(snapshot.tables.get(name, EntryTable())),
+                "entries": sizes.get(name, 0),
                 "used_by": used_by,
             }
             for name, used_by in users.items()
@@ -465,7 +475,7 @@ def _print_lists(snapshot: Snapshot, output: OutputFormat) -> None:
         [
             (
                 name,
-                str(len(snapshot.tables.get(name, EntryTable()))),
+                str(sizes.get(name, 0)),
                 ", ".join(used_by) or "nobody",
                 snapshot.named_lists[name].owner,
                 snapshot.named_lists[name].description,

@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,9 +201,9 @@ class Writer:
         raise ConfirmationNeededError([*concerns, "nothing was changed: --yes confirms that this is meant"])
 
 
-async def load(store: Store) -> Snapshot:
-    """Load the policy for commands that do not decide."""
-    return await load_snapshot(store, DecisionOptions())
+async def load(store: Store, only: Collection[str] | None = None) -> Snapshot:
+    """Load the policy, or some collections of it, for commands that do not decide."""
+    return await load_snapshot(store, DecisionOptions(), only)
 
 
 def standing(snapshot: Snapshot) -> dict[str, Json]:

@@ -5,6 +5,7 @@ one and appends an event to the change stream, so whoever holds the state at rev
 holds the same state as the store.
 """
 
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -52,6 +53,18 @@ class ConflictError(StoreError):
         self.key = key
         self.expected = expected
         self.found = found
+
+
+class ChangeIdUsedError(StoreError):
+    """The change id was applied for a change that is not exactly this one; nothing was written now."""
+
+
+class DurabilityError(StoreError):
+    """A change cannot be made durable here: the server keeps no copy, or is too old to tell. Nothing was written."""
+
+
+class NotDurableError(StoreError):
+    """A change was applied, and is not known to survive the loss of the server."""
 
 
 class PositionLostError(StoreError):
@@ -179,10 +192,77 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class LoadedPolicy:
-    """All records at one position."""
+    """Records at one position: all of the policy, or those of the collections that were asked for."""
 
     position: Position
     records: list[tuple[RecordKey, Record | Unreadable]]
+    edited: tuple[str, ...] = ()
+    """Collections whose texts are not those that changes have left there: somebody wrote to them by hand."""
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedCounts:
+    """A part of the collections, each of which holds as many records as changes have left there."""
+
+    position: Position
+    counts: Mapping[str, int]
+    """Collection -> number of its records, for those that nobody changed meanwhile."""
+    cursor: int
+    """Where to go on; 0: that was the last part."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A collection that does not fit what changes have left there."""
+
+    collection: str
+    expected: int | None
+    """The number of records that there should be; None: nobody knows any more."""
+    found: int
+
+
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """What a look at everything found out."""
+
+    position: Position | None
+    """Where the policy says that it stands; None: it does not say."""
+    problems: tuple[str, ...]
+    """What is wrong with the bookkeeping, for people."""
+    findings: tuple[Finding, ...]
+    """Collections with records lost or added, or (same number) edited, behind the stream's back."""
+    unreadable: tuple[str, ...]
+    """Problems of single records."""
+    counted: Mapping[str, tuple[int, int]]
+    """Collection -> how many records it holds, and the sum of their shares (see `keys.share`)."""
+    bookkeeping: tuple[str, ...]
+    """What the bookkeeping said, so that `confirm` can tell whether it still does."""
+
+    @property
+    def records(self) -> int:
+        """How many records there are in all."""
+        return sum(count for count, _ in self.counted.values())
+
+    @property
+    def sound(self) -> bool:
+        """Whether everything is as changes have left it."""
+        return not self.problems and not self.findings
+
+
+@dataclass(frozen=True, slots=True)
+class Durability:
+    """What a change has to reach before it is called durable."""
+
+    append_only_file: bool
+    """Whether the server keeps one."""
+    replicas: int
+    """How many copies are connected."""
+
+    def __str__(self) -> str:
+        parts = ["the append-only file"] if self.append_only_file else []
+        if self.replicas:
+            parts.append(f"{self.replicas} replica{'s' if self.replicas > 1 else ''}")
+        return " and ".join(parts)
 
 
 class Store(Protocol):
@@ -205,17 +285,62 @@ class Store(Protocol):
     async def read(self, key: RecordKey) -> StoredRecord | None:
         """Return one record, or None."""
 
+    async def read_many(self, keys: Iterable[RecordKey]) -> dict[RecordKey, StoredRecord | None]:
+        """Return records, each as it was at some moment of the reading; None where there is none."""
+
+    async def record_counts(self) -> dict[str, int]:
+        """Return how many records each collection holds that holds any, as changes have left it."""
+
+    async def verify(self, cursor: int) -> VerifiedCounts:
+        """Compare the counts of some collections with what is there: cheap enough for every follower now and then.
+
+        Args:
+            cursor: 0, then what the last part returned.
+
+        Raises:
+            InconsistentStateError: they do not fit.
+        """
+
+    async def examine(self) -> Examination:
+        """Read everything and say what is not as changes have left it. Damage is told, not raised."""
+
+    async def confirm(self, examined: Examination, *, actor: str, reason: str, change_id: str) -> WriteResult:
+        """Make what is there the policy, under a new epoch: the end of an incident.
+
+        Raises:
+            EpochChangedError: the policy is no longer the one that was examined.
+            ChangeIdUsedError: the change id belongs to another change.
+        """
+
+    async def durability(self) -> Durability:
+        """Return what a durable change would wait for.
+
+        Raises:
+            DurabilityError: there is nothing to wait for, or the server is too old to wait.
+        """
+
+    async def make_durable(self, result: WriteResult, durability: Durability, *, seconds: float) -> None:
+        """Wait until a change has reached what it has to.
+
+        Raises:
+            NotDurableError: it did not within the time, or the server does not know the change any more.
+        """
+
     async def apply(self, change: Change) -> WriteResult:
         """Apply a change in full or not at all.
 
         Raises:
             ConflictError: a record is not what the change expects.
             EpochChangedError: the policy is not the one that the change was prepared for.
+            ChangeIdUsedError: the change id was applied for another change.
             ValueError: a record does not belong under its key, or could not be read again.
         """
 
-    async def load(self) -> LoadedPolicy:
-        """Return all records, consistent at one position.
+    async def load(self, only: Collection[str] | None = None) -> LoadedPolicy:
+        """Return the records, consistent at one position.
+
+        Args:
+            only: the collections to read (see `keys.collection`); None: all.
 
         Raises:
             InconsistentStateError: records do not fit their counts.
@@ -228,8 +353,11 @@ class Store(Protocol):
             PositionLostError: the position is not in this history, or the events after it were trimmed.
         """
 
-    async def history(self, *, count: int) -> list[Event]:
-        """Return the newest events, newest first."""
+    async def history(self, *, count: int, before: int | None = None) -> list[Event]:
+        """Return the newest events, newest first; with `before`, the newest that led to a lower revision."""
+
+    async def find_change(self, change_id: str) -> Event | None:
+        """Return the event of a change id that was applied; None when it is not known, or no longer."""
 
     async def close(self) -> None:
         """Close the connections."""

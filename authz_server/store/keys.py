@@ -7,8 +7,11 @@ canonical CIDR text), its value a JSON object without the name, so that the two 
 Reading is strict and never raises: what this version does not understand in full it must not half apply.
 """
 
+import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from authz_server.policy.access import (
@@ -27,7 +30,7 @@ from authz_server.policy.affinity import MAX_WEIGHT, Instance, InstanceState, Te
 from authz_server.policy.identifiers import parse_identifier
 from authz_server.policy.paths import parse_path_pattern
 from authz_server.policy.records import Record, RecordKey, RecordKind, Unreadable
-from authz_server.store.interface import EventRecord
+from authz_server.store.interface import Change, EventRecord
 
 ENTRIES = "entries:"
 """What the collection of a list's entries begins with."""
@@ -41,6 +44,10 @@ NAMED_COLLECTIONS = {
 }
 """The collections that every policy has, if only empty."""
 
+SUM_MODULUS = 1 << 48
+"""Sums of shares are taken modulo this: Lua's numbers hold 53 bits exactly."""
+
+_COUNT = re.compile(r"([0-9]+) ([0-9]+) ([0-9]+)", re.ASCII)
 _KINDS = {name: kind for kind, name in NAMED_COLLECTIONS.items()}
 _LATEST_SECOND = 253_402_300_799
 """9999-12-31T23:59:59Z, the last second that calendars print with four digits."""
@@ -72,6 +79,55 @@ def record_key_of(collection_name: str, field: str) -> RecordKey:
         known = ", ".join(sorted(_KINDS))
         raise ValueError(f"{collection_name!r} is not a collection: they are {known} and {ENTRIES}<list name>")
     return RecordKey(kind, field)
+
+
+def is_collection(name: str) -> bool:
+    """Tell whether a collection can have this name."""
+    return name in _KINDS or name.startswith(ENTRIES)
+
+
+def share(field: str, text: str) -> int:
+    """Return what a record adds to the sum of its collection: 48 bits of SHA-1, which scripts in Redis have too.
+
+    It notices accidents; whoever wants to deceive it can write the sum as well.
+    """
+    data = f"{field}\0{text}".encode(errors="surrogateescape")
+    return int.from_bytes(hashlib.sha1(data, usedforsecurity=False).digest()[:6])
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """What the store knows of a collection."""
+
+    records: int
+    revision: int
+    """Of the last change that touched it."""
+    sum: int
+    """Of the shares of its records, modulo SUM_MODULUS."""
+
+    def __str__(self) -> str:
+        return f"{self.records} {self.revision} {self.sum}"
+
+
+def parse_count(text: str) -> Count:
+    """Read the text of a Count.
+
+    Raises:
+        ValueError: the text is something else.
+    """
+    match = _COUNT.fullmatch(text)
+    if not match:
+        raise ValueError(f"{text[:200]!r} is not a count: records, revision and sum")
+    return Count(*map(int, match.groups()))
+
+
+def change_digest(change: Change, new_texts: Iterable[str | None]) -> str:
+    """Return what two changes have in common only if they would write the same."""
+    rows = [
+        (write.key.kind, write.key.name, write.key.list_name, text)
+        for write, text in zip(change.writes, new_texts, strict=True)
+    ]
+    return hashlib.sha256(json.dumps([change.action, rows]).encode()).hexdigest()[:32]
 
 
 def encode_record(record: Record) -> str:

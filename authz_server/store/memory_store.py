@@ -6,17 +6,22 @@ Like Redis it keeps texts, so what a caller gets back has been written and read.
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 
 from authz_server.policy.records import Record, RecordKey, Unreadable
 from authz_server.store.interface import (
     AlreadyInitialisedError,
     Change,
+    ChangeIdUsedError,
     Check,
     ConflictError,
+    Durability,
+    DurabilityError,
     EpochChangedError,
     Event,
     EventRecord,
+    Examination,
+    Finding,
     InconsistentStateError,
     LoadedPolicy,
     NotInitialisedError,
@@ -24,10 +29,21 @@ from authz_server.store.interface import (
     PositionLostError,
     StoredRecord,
     StoreUnavailableError,
+    VerifiedCounts,
     Write,
     WriteResult,
 )
-from authz_server.store.keys import collection, decode_record, encode_readable, record_key_of
+from authz_server.store.keys import (
+    SUM_MODULUS,
+    change_digest,
+    collection,
+    decode_record,
+    encode_readable,
+    record_key_of,
+    share,
+)
+
+_INIT_DIGEST = "init"
 
 
 class MemoryStore:
@@ -43,27 +59,29 @@ class MemoryStore:
         """Collection -> field -> text. Tests edit it by hand, as people may edit Redis."""
         self.counts: dict[str, int] = {}
         """Collection -> number of records that changes have left there."""
+        self.sums: dict[str, int] = {}
+        """Collection -> sum of the shares of the records that changes have left there."""
         self.events: list[Event] = []
         """The newest last; the last one is where the policy stands. Empty: there is none."""
         self.available = True
         """False: every method raises StoreUnavailableError, as if the connection were cut."""
         self._clock = clock
         self._max_events = max_events
-        self._results: dict[str, Position] = {}
+        self._results: dict[str, tuple[Position, str]] = {}
         self._changed = asyncio.Condition()
 
     async def init(self, *, actor: str, reason: str, change_id: str) -> WriteResult:
         """See `Store.init`."""
         self._check_available()
         earlier = self._results.get(change_id)
-        if earlier and earlier.revision == 1:  # else it is the id of a later change
-            return WriteResult(earlier, repeated=True)
+        if earlier and earlier[1] == _INIT_DIGEST:  # else it is the id of a later change
+            return WriteResult(earlier[0], repeated=True)
         if self.events:
             raise AlreadyInitialisedError("there is a policy in memory already")
         if self.collections or self.counts:
             raise InconsistentStateError("there are records in memory without a policy")
         position = Position(secrets.token_hex(16), 1, change_id)
-        await self._append(Event(position, "", actor, reason, "init", self._clock(), ()))
+        await self._append(Event(position, "", actor, reason, "init", self._clock(), ()), _INIT_DIGEST)
         return WriteResult(position, repeated=False)
 
     async def position(self) -> Position:
@@ -82,9 +100,10 @@ class MemoryStore:
     async def apply(self, change: Change) -> WriteResult:
         """See `Store.apply`."""
         texts = [None if write.new is None else encode_readable(write.key, write.new) for write in change.writes]
+        digest = change_digest(change, texts)
         self._check_available()
         if change.change_id in self._results:
-            return WriteResult(self._results[change.change_id], repeated=True)
+            return self._repeated(change.change_id, digest)
         before = await self.position()
         if before.epoch != change.epoch:
             raise EpochChangedError(f"the policy was replaced as a whole meanwhile (epoch {before.epoch})")
@@ -103,10 +122,13 @@ class MemoryStore:
                 fields[write.key.name] = text
             counts[name] = self.counts.get(name, 0) + (text is not None) - (write.expected is not None)
             self.counts[name] = counts[name]
+            for each, sign in ((write.expected, -1), (text, 1)):
+                if each is not None:
+                    self.sums[name] = (self.sums.get(name, 0) + sign * share(write.key.name, each)) % SUM_MODULUS
             if not fields:
                 del self.collections[name]
             if not counts[name]:
-                del self.counts[name]
+                del self.counts[name], self.sums[name]
             record = None if text is None else decode_record(write.key, text)
             records.append(EventRecord(write.key, write.expected, text, record))
         position = Position(before.epoch, before.revision + 1, change.change_id)
@@ -120,23 +142,82 @@ class MemoryStore:
                 self._clock(),
                 tuple(records),
                 counts,
-            )
+            ),
+            digest,
         )
         return WriteResult(position, repeated=False)
 
-    async def load(self) -> LoadedPolicy:
+    async def read_many(self, keys: Iterable[RecordKey]) -> dict[RecordKey, StoredRecord | None]:
+        """See `Store.read_many`."""
+        return {key: await self.read(key) for key in keys}
+
+    async def record_counts(self) -> dict[str, int]:
+        """See `Store.record_counts`."""
+        await self.position()
+        return dict(self.counts)
+
+    async def load(self, only: Collection[str] | None = None) -> LoadedPolicy:
         """See `Store.load`."""
         position = await self.position()
-        found = {name: len(fields) for name, fields in self.collections.items()}
-        if found != self.counts:
-            wrong = sorted(name for name in {*found, *self.counts} if found.get(name) != self.counts.get(name))
-            raise InconsistentStateError(f"records were lost or added without a change: {', '.join(wrong)}")
+        self._compare(only)
+        names = [name for name in self.collections if only is None or name in only]
         records: list[tuple[RecordKey, Record | Unreadable]] = []
-        for name, fields in self.collections.items():
-            for field, text in fields.items():
+        for name in names:
+            for field, text in self.collections[name].items():
                 key = record_key_of(name, field)
                 records.append((key, decode_record(key, text)))
-        return LoadedPolicy(position, records)
+        edited = sorted(name for name in names if self._sum(name) != self.sums.get(name, 0))
+        return LoadedPolicy(position, records, tuple(edited))
+
+    async def verify(self, cursor: int) -> VerifiedCounts:
+        """See `Store.verify`; all in one part."""
+        del cursor
+        position = await self.position()
+        self._compare(None)
+        return VerifiedCounts(position, dict(self.counts), 0)
+
+    async def examine(self) -> Examination:
+        """See `Store.examine`."""
+        position = await self.position()
+        names = sorted({*self.collections, *self.counts})
+        counted = {name: (len(self.collections[name]), self._sum(name)) for name in self.collections}
+        findings = [
+            Finding(name, self.counts.get(name, 0), counted.get(name, (0, 0))[0])
+            for name in names
+            if counted.get(name, (0, 0)) != (self.counts.get(name, 0), self.sums.get(name, 0))
+        ]
+        records = (await self._records(names)) if names else []
+        unreadable = tuple(record.problem for record in records if isinstance(record, Unreadable))
+        return Examination(position, (), tuple(findings), unreadable, counted, (str(position),))
+
+    async def _records(self, names: Iterable[str]) -> list[Record | Unreadable]:
+        return [
+            decode_record(record_key_of(name, field), text)
+            for name in names
+            for field, text in self.collections.get(name, {}).items()
+        ]
+
+    async def confirm(self, examined: Examination, *, actor: str, reason: str, change_id: str) -> WriteResult:
+        """See `Store.confirm`."""
+        before = await self.position()
+        if change_id in self._results:
+            return self._repeated(change_id, "confirm")
+        if examined.bookkeeping != (str(before),):
+            raise EpochChangedError("the policy in memory was changed while it was examined: ask again")
+        self.counts = {name: count for name, (count, _) in examined.counted.items()}
+        self.sums = {name: total for name, (_, total) in examined.counted.items()}
+        position = Position(secrets.token_hex(16), before.revision + 1, change_id)
+        await self._append(Event(position, before.change_id, actor, reason, "confirm", self._clock(), ()), "confirm")
+        return WriteResult(position, repeated=False)
+
+    async def durability(self) -> Durability:
+        """See `Store.durability`."""
+        raise DurabilityError("memory does not outlive its process: nothing can be made durable there")
+
+    async def make_durable(self, result: WriteResult, durability: Durability, *, seconds: float) -> None:
+        """See `Store.make_durable`."""
+        del result, durability, seconds
+        raise DurabilityError("memory does not outlive its process: nothing can be made durable there")
 
     async def events_after(self, position: Position, *, wait_seconds: float) -> list[Event]:
         """See `Store.events_after`."""
@@ -153,14 +234,21 @@ class MemoryStore:
     async def _events_now(self, position: Position) -> list[Event]:
         await self.position()
         for index, event in enumerate(self.events):
-            if event.position == position:
-                return self.events[index + 1 :]
+            following = self.events[index + 1 :]
+            if event.position == position and all(each.position.epoch == position.epoch for each in following):
+                return following
         raise PositionLostError(f"revision {position.revision} as we know it is not in memory")
 
-    async def history(self, *, count: int) -> list[Event]:
+    async def history(self, *, count: int, before: int | None = None) -> list[Event]:
         """See `Store.history`."""
         await self.position()
-        return self.events[-count:][::-1]
+        events = [event for event in self.events if before is None or event.position.revision < before]
+        return events[-count:][::-1]
+
+    async def find_change(self, change_id: str) -> Event | None:
+        """See `Store.find_change`."""
+        await self.position()
+        return next((event for event in self.events if event.position.change_id == change_id), None)
 
     async def close(self) -> None:
         """See `Store.close`."""
@@ -177,8 +265,25 @@ class MemoryStore:
     def _text(self, key: RecordKey) -> str | None:
         return self.collections.get(collection(key), {}).get(key.name)
 
-    async def _append(self, event: Event) -> None:
+    def _sum(self, name: str) -> int:
+        return sum(share(field, text) for field, text in self.collections.get(name, {}).items()) % SUM_MODULUS
+
+    def _compare(self, only: Collection[str] | None) -> None:
+        found = {name: len(fields) for name, fields in self.collections.items()}
+        names = {*found, *self.counts} if only is None else only
+        if wrong := sorted(name for name in names if found.get(name) != self.counts.get(name)):
+            raise InconsistentStateError(f"records were lost or added without a change: {', '.join(wrong)}")
+
+    def _repeated(self, change_id: str, digest: str) -> WriteResult:
+        position, applied = self._results[change_id]
+        if applied != digest:
+            raise ChangeIdUsedError(
+                f"the change id {change_id!r} was applied as revision {position.revision}, for another change"
+            )
+        return WriteResult(position, repeated=True)
+
+    async def _append(self, event: Event, digest: str) -> None:
         self.events.append(event)
         del self.events[: -self._max_events]
-        self._results[event.position.change_id] = event.position
+        self._results[event.position.change_id] = (event.position, digest)
         await self.wake()

@@ -3,10 +3,12 @@
 Keys, all under one hash tag so that a script may touch them together in a cluster (`authz` is the prefix):
 
     {authz}:meta                hash    format, epoch, revision, last_change, records (how many there are in all)
-    {authz}:counts              hash    collection -> number of its records
+    {authz}:counts              hash    collection -> `records revision sum` (see `keys.Count`)
     {authz}:lists, :scopes ...  hash    a collection (see `keys`): field -> JSON
     {authz}:changes             stream  one event for each revision N, under the id N-0
     {authz}:change:<change id>  string  the result of a change, kept for a day
+
+    {authz}:changes:until:...   stream  events that a confirmed incident set aside
 
 Every write is one script that compares before it sets. redis-py sends a command again when the connection broke
 before the reply; the change id makes that harmless. No command works on more than some thousand records.
@@ -15,9 +17,9 @@ before the reply; the change id makes that harmless. No command works on more th
 import json
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,11 +34,17 @@ from authz_server.policy.records import Record, RecordKey, Unreadable
 from authz_server.store.interface import (
     AlreadyInitialisedError,
     Change,
+    ChangeIdUsedError,
     ConflictError,
+    Durability,
+    DurabilityError,
     EpochChangedError,
     Event,
+    Examination,
+    Finding,
     InconsistentStateError,
     LoadedPolicy,
+    NotDurableError,
     NotInitialisedError,
     Position,
     PositionLostError,
@@ -45,16 +53,23 @@ from authz_server.store.interface import (
     StoreRefusedError,
     StoreUnavailableError,
     UnknownFormatError,
+    VerifiedCounts,
     WriteResult,
 )
 from authz_server.store.keys import (
     NAMED_COLLECTIONS,
+    SUM_MODULUS,
+    Count,
+    change_digest,
     collection,
     decode_record,
     encode_event_records,
     encode_readable,
+    is_collection,
+    parse_count,
     parse_event_records,
     record_key_of,
+    share,
 )
 
 FORMAT = "1"
@@ -71,6 +86,12 @@ _SCAN_COUNT = 1000
 """Fields in one reply, about."""
 _LOAD_ATTEMPTS = 5
 _RESULT_SECONDS = 24 * 60 * 60
+_RESULTS_SEARCHED = 1000
+"""How many of the newest events are searched for a change id whose result is no longer kept."""
+_STAGED_SECONDS = 60 * 60
+"""What a writer prepared and never switched to goes by itself."""
+_INIT_DIGEST = "init"
+_WAITAOF_SINCE = (7, 2)
 _META_FIELDS = ("format", "epoch", "revision", "last_change", "records")
 
 
@@ -81,6 +102,29 @@ class _Standing:
     position: Position
     records: int
     """How many there are in all collections; a lost counts key is noticed by it."""
+
+
+@dataclass(slots=True)
+class _Table:
+    """A collection while it is read."""
+
+    records: dict[str, Record | Unreadable] = field(default_factory=dict)
+    sum: int | None = 0
+    """Of the shares of its texts; None when it is not known, as something came twice or changed meanwhile."""
+
+    def add(self, name: str, text: str, record: Record | Unreadable) -> None:
+        if name in self.records:
+            self.sum = None
+        elif self.sum is not None:
+            self.sum = (self.sum + share(name, text)) % SUM_MODULUS
+        self.records[name] = record
+
+    def change(self, name: str, record: Record | Unreadable | None) -> None:
+        self.sum = None
+        if record is None:
+            self.records.pop(name, None)
+        else:
+            self.records[name] = record
 
 
 class RedisStore:
@@ -112,6 +156,7 @@ class RedisStore:
         scripts = resources.files("authz_server.store") / "scripts"
         self._apply = self._client.register_script((scripts / "apply.lua").read_text("utf-8"))
         self._init = self._client.register_script((scripts / "init.lua").read_text("utf-8"))
+        self._confirm = self._client.register_script((scripts / "confirm.lua").read_text("utf-8"))
 
     async def init(self, *, actor: str, reason: str, change_id: str) -> WriteResult:
         """See `Store.init`."""
@@ -120,12 +165,12 @@ class RedisStore:
         keys += [self._key(name) for name in NAMED_COLLECTIONS.values()]
         with self._errors():
             kind, *details = await self._init(
-                keys=keys, args=[FORMAT, epoch, change_id, actor, reason, _RESULT_SECONDS]
+                keys=keys, args=[FORMAT, epoch, change_id, actor, reason, _RESULT_SECONDS, _INIT_DIGEST]
             )
         if kind == "applied":
             return WriteResult(Position(epoch, 1, change_id), repeated=False)
         if kind == "repeated":
-            return _repeated(details[0], change_id)
+            return self._repeated(details[0], change_id, _INIT_DIGEST)
         if kind == "present":
             raise AlreadyInitialisedError(f"there is a policy under {self._tag} in {self._where} already")
         raise self._inconsistent(details[0])
@@ -140,9 +185,34 @@ class RedisStore:
         _, (text,) = await self._look(self._client, lambda pipe: pipe.hget(self._key(collection(key)), key.name))
         return None if text is None else StoredRecord(decode_record(key, text), text)
 
+    async def read_many(self, keys: Iterable[RecordKey]) -> dict[RecordKey, StoredRecord | None]:
+        """See `Store.read_many`."""
+        by_collection: dict[str, list[RecordKey]] = {}
+        for key in dict.fromkeys(keys):
+            by_collection.setdefault(collection(key), []).append(key)
+        found: dict[RecordKey, StoredRecord | None] = {}
+        for name, members in by_collection.items():
+            for start in range(0, len(members), _SCAN_COUNT):
+                part = members[start : start + _SCAN_COUNT]
+                _, (texts,) = await self._look(
+                    self._client,
+                    lambda pipe, name=name, part=part: pipe.hmget(  # type: ignore[misc]
+                        self._key(name), [key.name for key in part]
+                    ),
+                )
+                for key, text in zip(part, texts, strict=True):
+                    found[key] = None if text is None else StoredRecord(decode_record(key, text), text)
+        return found
+
+    async def record_counts(self) -> dict[str, int]:
+        """See `Store.record_counts`."""
+        await self.position()
+        return {name: count.records for name, count in (await self._counts()).items()}
+
     async def apply(self, change: Change) -> WriteResult:
         """See `Store.apply`."""
         writes = [(write.key, write.expected, _new_text(write.key, write.new)) for write in change.writes]
+        digest = change_digest(change, [after for _, _, after in writes])
         items = [(key, before, "delete" if after is None else "set", after) for key, before, after in writes]
         items += [(check.key, check.expected, "check", None) for check in change.checks]
         numbers: dict[str, int] = {}
@@ -151,7 +221,7 @@ class RedisStore:
             number = numbers.setdefault(collection(key), len(numbers) + 1)
             arguments += [number, key.name, "absent" if before is None else "present", before or "", act, after or ""]
         fixed = [FORMAT, change.epoch, change.change_id, change.actor, change.reason, change.action]
-        fixed += [encode_event_records(writes), str(self._max_events), str(_RESULT_SECONDS)]
+        fixed += [encode_event_records(writes), str(self._max_events), str(_RESULT_SECONDS), digest]
         names = ["meta", "counts", "changes", f"change:{change.change_id}", *numbers]
         with self._errors():
             kind, *details = await self._apply(
@@ -161,7 +231,7 @@ class RedisStore:
             case "applied":
                 return WriteResult(Position(change.epoch, int(details[0]), change.change_id), repeated=False)
             case "repeated":
-                return _repeated(details[0], change.change_id)
+                return self._repeated(details[0], change.change_id, digest)
             case "conflict":
                 key, before, _, _ = items[int(details[0]) - 1]
                 raise ConflictError(key, before, details[1] if len(details) > 1 else None)
@@ -178,16 +248,16 @@ class RedisStore:
             case _:
                 raise self._inconsistent(details[0])
 
-    async def load(self) -> LoadedPolicy:
+    async def load(self, only: Collection[str] | None = None) -> LoadedPolicy:
         """See `Store.load`."""
         for _ in range(_LOAD_ATTEMPTS):
             try:
-                return await self._load_once()
+                return await self._load_once(only)
             except PositionLostError as error:
                 why = error
         raise self._inconsistent(f"the history, looked at {_LOAD_ATTEMPTS} times: {why}")
 
-    async def _load_once(self) -> LoadedPolicy:
+    async def _load_once(self, only: Collection[str] | None) -> LoadedPolicy:
         """Scan while others write, then apply the events of that time on top: they hold whole records.
 
         Whatever a scan returned was true at some time between the two looks at the meta key, so after the events
@@ -197,12 +267,13 @@ class RedisStore:
         revision = start.position.revision
         if not newest or newest[0][0] != f"{revision}-0" or newest[0][1].get("change") != start.position.change_id:
             raise PositionLostError(f"the change stream does not end with revision {revision}")
-        counts = await self._counts()
-        tables: dict[str, dict[str, Record | Unreadable]] = {}
-        for name in {*NAMED_COLLECTIONS.values(), *counts}:
-            tables[name] = {
-                field: decode_record(record_key_of(name, field), text) async for field, text in self._scan(name)
-            }
+        lines = await self._counts(only)
+        counts = {name: line.records for name, line in lines.items()}
+        tables: dict[str, _Table] = {}
+        for name in {*NAMED_COLLECTIONS.values(), *counts} if only is None else only:
+            table = tables[name] = _Table()
+            async for member, text in self._scan(name):
+                table.add(member, text, decode_record(record_key_of(name, member), text))
         end, _ = await self._look(self._follower)
         position = start.position
         # It may run dry too early: a failover can go back in history.
@@ -211,36 +282,247 @@ class RedisStore:
                 if position.revision == end.position.revision:
                     break
                 position = event.position
-                counts.update(event.counts)
+                counts.update((name, count) for name, count in event.counts.items() if only is None or name in only)
                 for record in event.records:
-                    table = tables.setdefault(collection(record.key), {})
-                    if record.record is None:
-                        table.pop(record.key.name, None)
-                    else:
-                        table[record.key.name] = record.record
+                    name = collection(record.key)
+                    if only is None or name in only:
+                        tables.setdefault(name, _Table()).change(record.key.name, record.record)
         if position != end.position:
             raise PositionLostError(f"the history in {self._where} is not the one that reading began with")
-        found = {name: len(table) for name, table in tables.items()}
+        found = {name: len(table.records) for name, table in tables.items()}
         wrong = sorted(name for name in {*found, *counts} if found.get(name, 0) != counts.get(name, 0))
         if wrong:
             details = "; ".join(f"{name}: {found.get(name, 0)} instead of {counts.get(name, 0)}" for name in wrong)
             raise self._inconsistent(f"the number of records in {details}")
-        if sum(counts.values()) != end.records:
+        if only is None and sum(counts.values()) != end.records:
             raise self._inconsistent(f"the counts: {sum(counts.values())} records in all instead of {end.records}")
+        edited = sorted(
+            name for name, table in tables.items() if table.sum and name in lines and table.sum != lines[name].sum
+        )
         records = [
-            (record_key_of(name, field), record) for name, table in tables.items() for field, record in table.items()
+            (record_key_of(name, member), record)
+            for name, table in tables.items()
+            for member, record in table.records.items()
         ]
-        return LoadedPolicy(position, records)
+        return LoadedPolicy(position, records, tuple(edited))
 
-    async def _counts(self) -> dict[str, int]:
+    async def _counts(self, only: Collection[str] | None = None) -> dict[str, Count]:
         counts = {}
-        async for name, text in self._scan("counts"):
+        if only is None:
+            lines = [line async for line in self._scan("counts")]
+        else:
+            names = list(only)
+            with self._errors():
+                texts: Any = await self._follower.hmget(self._key("counts"), names)
+            lines = [(name, text) for name, text in zip(names, texts, strict=True) if text is not None]
+        for name, text in lines:
             try:
                 record_key_of(name, "")
-                counts[name] = int(text)
+                counts[name] = parse_count(text)
             except ValueError as error:
                 raise self._inconsistent(f"the count of {name!r}: {error}") from None
         return counts
+
+    async def verify(self, cursor: int) -> VerifiedCounts:
+        """See `Store.verify`."""
+        before, (page,) = await self._look(
+            self._follower, lambda pipe: pipe.hscan(self._key("counts"), cursor, count=_SCAN_COUNT)
+        )
+        following, lines = int(page[0]), dict(page[1])
+        if cursor == 0:
+            lines = dict.fromkeys(NAMED_COLLECTIONS.values()) | lines
+        names = list(lines)
+
+        def lengths(pipe: "Pipeline") -> None:
+            for name in names:
+                pipe.hlen(self._key(name))
+
+        after, replies = await self._look(self._follower, lengths, lambda pipe: pipe.hmget(self._key("counts"), names))
+        *found, again = replies
+        counts = {}
+        wrong = []
+        for name, number, text in zip(names, found, again, strict=True):
+            if text != lines[name]:
+                continue  # somebody changed it between the two looks
+            try:
+                counts[name] = 0 if text is None else parse_count(text).records
+            except ValueError as error:
+                raise self._inconsistent(f"the count of {name!r}: {error}") from None
+            if number != counts[name]:
+                wrong.append(f"{name}: {number} instead of {counts[name]}")
+        if wrong:
+            raise self._inconsistent(f"the number of records in {'; '.join(wrong)}")
+        complete = cursor == 0 and following == 0 and before.position == after.position
+        if complete and sum(counts.values()) != after.records:
+            raise self._inconsistent(f"the counts: {sum(counts.values())} records in all instead of {after.records}")
+        return VerifiedCounts(after.position, counts if before.position == after.position else {}, following)
+
+    async def examine(self) -> Examination:
+        """See `Store.examine`."""
+        scanned: dict[str, tuple[str | None, tuple[int, int]]] = {}
+        unreadable: dict[str, list[str]] = {}
+        for _ in range(_LOAD_ATTEMPTS):
+            meta, problems = await self._bookkeeping()
+            lines = {name: text async for name, text in self._scan("counts")}
+            names = {*NAMED_COLLECTIONS.values(), *filter(is_collection, lines), *await self._collections()}
+            for name in names:
+                if name not in scanned or scanned[name][0] != lines.get(name):
+                    counted, unreadable[name] = await self._examine_collection(name)
+                    scanned[name] = (lines.get(name), counted)
+            if meta == (await self._bookkeeping())[0]:
+                break
+        else:
+            raise StoreError(f"{self._where}: others keep changing the policy; ask again when they have finished")
+        findings = []
+        expected_in_all = 0
+        for name in sorted(scanned):
+            records, total = scanned[name][1]
+            try:
+                line = parse_count(lines.get(name, "0 0 0"))
+            except ValueError as error:
+                problems.append(f"the count of {name}: {error}")
+                findings.append(Finding(name, None, records))
+                continue
+            expected_in_all += line.records
+            if (line.records, line.sum) != (records, total):
+                findings.append(Finding(name, line.records if lines else None, records))
+        problems += [f"the count of {name!r}, which is not a collection" for name in lines if not is_collection(name)]
+        _, epoch, revision, change_id, in_all = meta
+        if in_all.isdecimal() and int(in_all) != expected_in_all:
+            problems.append(f"the counts are of {expected_in_all} records, and the meta key says {in_all}")
+        known = bool(epoch and change_id and revision.isdecimal())
+        return Examination(
+            Position(epoch, int(revision), change_id) if known else None,
+            tuple(problems),
+            tuple(findings),
+            tuple(problem for name in sorted(unreadable) for problem in unreadable[name]),
+            {name: counted for name, (_, counted) in scanned.items() if counted[0]},
+            meta,
+        )
+
+    async def _bookkeeping(self) -> tuple[tuple[str, ...], list[str]]:
+        """Return the fields of the meta key ('' for one that is missing) and what is wrong with them or the stream."""
+        with self._errors():
+            async with self._client.pipeline(transaction=False) as pipe:
+                pipe.exists(*(self._key(name) for name in ("changes", "counts", *NAMED_COLLECTIONS.values())))
+                pipe.hmget(self._key("meta"), *_META_FIELDS)
+                pipe.xrevrange(self._key("changes"), count=1)
+                others, found, newest = await pipe.execute()
+        meta = tuple(text or "" for text in found)
+        policy_format, _, revision, change_id, records = meta
+        if not others and not any(meta):
+            raise self._not_initialised()
+        if policy_format not in ("", FORMAT):
+            raise self._unknown_format(policy_format)
+        if not any(meta):
+            return meta, ["the meta key is gone"]
+        problems = []
+        if "" in meta or not revision.isdecimal() or not records.isdecimal():
+            problems.append(f"the fields of the meta key: {dict(zip(_META_FIELDS, meta, strict=True))}")
+        if not newest:
+            problems.append("the change stream is gone")
+        elif newest[0][0] != f"{revision}-0" or newest[0][1].get("change") != change_id:
+            problems.append(f"the change stream ends with {newest[0][0]}, and the meta key says revision {revision}")
+        return meta, problems
+
+    async def _collections(self) -> set[str]:
+        """Return the collections that are there, whether or not anything counts them."""
+        found = set()
+        with self._errors():
+            async for key in self._client.scan_iter(match=self._key("*"), count=_SCAN_COUNT):
+                name = key.removeprefix(self._key(""))
+                if is_collection(name):
+                    found.add(name)
+        return found
+
+    async def _examine_collection(self, name: str) -> tuple[tuple[int, int], list[str]]:
+        shares: dict[str, int] = {}
+        problems = []
+        async for member, text in self._scan(name):
+            shares[member] = share(member, text)
+            record = decode_record(record_key_of(name, member), text)
+            if isinstance(record, Unreadable):
+                problems.append(record.problem)
+        return (len(shares), sum(shares.values()) % SUM_MODULUS), problems
+
+    async def confirm(self, examined: Examination, *, actor: str, reason: str, change_id: str) -> WriteResult:
+        """See `Store.confirm`."""
+        epoch = secrets.token_hex(16)
+        revision = examined.position.revision + 1 if examined.position else 0
+        lines = {name: str(Count(records, revision, total)) for name, (records, total) in examined.counted.items()}
+        anew = f"staged:{change_id}:counts"
+        with self._errors():
+            await self._client.unlink(self._key(anew))
+            for part in _parts(list(lines.items())):
+                await self._client.hset(self._key(anew), mapping=dict(part))
+            if lines:
+                await self._client.expire(self._key(anew), _STAGED_SECONDS)
+        names = ("meta", "counts", "changes", f"change:{change_id}", anew, f"changes:until:{epoch}")
+        arguments: list[str | int] = [FORMAT, epoch, change_id, actor, reason, _RESULT_SECONDS, "confirm"]
+        arguments += [examined.records, len(lines)]
+        with self._errors():
+            kind, *details = await self._confirm(
+                keys=[self._key(name) for name in names], args=[*arguments, *examined.bookkeeping]
+            )
+        match kind:
+            case "applied":
+                return WriteResult(Position(epoch, int(details[0]), change_id), repeated=False)
+            case "repeated":
+                return self._repeated(details[0], change_id, "confirm")
+            case _:
+                raise EpochChangedError(f"the policy in {self._where} was changed while it was examined: ask again")
+
+    async def durability(self) -> Durability:
+        """See `Store.durability`."""
+        with self._errors():
+            client = await self._primary()
+            info: dict[str, Any] = {}
+            for section in ("server", "replication", "persistence"):
+                info |= await client.info(section)
+        replicas = sum(
+            isinstance(value, dict) and value.get("state") == "online"
+            for name, value in info.items()
+            if re.fullmatch(r"slave\d+", name)
+        )
+        append_only_file = str(info.get("aof_enabled")) == "1"
+        version = str(info.get("redis_version", "0"))
+        if append_only_file and tuple(map(int, re.findall(r"\d+", version)[:2])) < _WAITAOF_SINCE:
+            raise DurabilityError(
+                f"{self._where} is version {version}: --durable needs WAITAOF, which is there since Redis 7.2. "
+                "Nothing was written; without --durable it can be"
+            )
+        if not append_only_file and not replicas:
+            raise DurabilityError(
+                f"{self._where} keeps no append-only file and has no replica: nothing written there can be called "
+                "durable. Nothing was written; set `appendonly yes`, or add a replica"
+            )
+        return Durability(append_only_file, replicas)
+
+    async def make_durable(self, result: WriteResult, durability: Durability, *, seconds: float) -> None:
+        """See `Store.make_durable`.
+
+        A write on the connection that waits makes WAIT and WAITAOF speak of all that was written before, by whomever.
+        """
+        key = self._key(f"change:{result.position.change_id}")
+        milliseconds = max(1, int(seconds * 1000))
+        with self._errors():
+            client = await self._primary()
+            async with client.client() as connection:
+                known = await connection.expire(key, _RESULT_SECONDS)
+                copies: int = await connection.wait(durability.replicas, milliseconds)
+                local = 1
+                if durability.append_only_file:
+                    local = (await connection.waitaof(1, 0, milliseconds))[0]
+        if not known:
+            raise NotDurableError(
+                f"{self._where} does not know the change {result.position.change_id} any more: it was lost, as in a "
+                "failover. Send it again"
+            )
+        if copies < durability.replicas or not local:
+            raise NotDurableError(
+                f"revision {result.position.revision} was applied, and within {seconds:g} seconds it reached "
+                f"{copies} of {durability.replicas} replicas and {'' if local else 'not '}the append-only file"
+            )
 
     async def events_after(self, position: Position, *, wait_seconds: float) -> list[Event]:
         """See `Store.events_after`; it may return [] some seconds earlier than asked."""
@@ -292,9 +574,28 @@ class RedisStore:
             events.append(event)
         return events
 
-    async def history(self, *, count: int) -> list[Event]:
+    async def history(self, *, count: int, before: int | None = None) -> list[Event]:
         """See `Store.history`."""
-        _, (entries,) = await self._look(self._client, lambda pipe: pipe.xrevrange(self._key("changes"), count=count))
+        newest = "+" if before is None else f"({before}-0"
+        _, (entries,) = await self._look(
+            self._client, lambda pipe: pipe.xrevrange(self._key("changes"), max=newest, count=count)
+        )
+        return self._read_events(entries)
+
+    async def find_change(self, change_id: str) -> Event | None:
+        """See `Store.find_change`."""
+        _, (result,) = await self._look(self._client, lambda pipe: pipe.get(self._key(f"change:{change_id}")))
+        if result is None:
+            events = await self.history(count=_RESULTS_SEARCHED)
+        else:
+            entry_id = f"{_position_of(result, change_id).revision}-0"
+            _, (entries,) = await self._look(
+                self._client, lambda pipe: pipe.xrange(self._key("changes"), min=entry_id, max=entry_id)
+            )
+            events = self._read_events(entries)
+        return next((event for event in events if event.position.change_id == change_id), None)
+
+    def _read_events(self, entries: Sequence[tuple[str, dict[str, str]]]) -> list[Event]:
         try:
             return [_event(entry_id, fields) for entry_id, fields in entries]
         except ValueError as error:
@@ -304,6 +605,10 @@ class RedisStore:
         """See `Store.close`."""
         await self._client.aclose()
         await self._follower.aclose()
+
+    async def _primary(self) -> "Redis":
+        """Return a client whose connections lead to the server that takes the writes."""
+        return self._client
 
     async def _look(self, client: "Redis", *more: Callable[["Pipeline"], object]) -> tuple[_Standing, list[Any]]:
         """Read the meta key, then the replies of `more`, which may already know of a later change.
@@ -316,26 +621,26 @@ class RedisStore:
                 pipe.exists(*(self._key(name) for name in ("changes", "counts", *NAMED_COLLECTIONS.values())))
                 pipe.hmget(self._key("meta"), *_META_FIELDS)
                 pipe.exists(self._key("changes"))
+                pipe.exists(self._key("counts"))
                 for command in more:
                     command(pipe)
-                others, meta, stream, *replies = await pipe.execute()
-        return self._standing(meta, bool(stream), bool(others)), replies
+                others, meta, stream, counts, *answers = await pipe.execute()
+        return self._standing(meta, stream=bool(stream), counts=bool(counts), others=bool(others)), answers
 
-    def _standing(self, meta: list[str | None], stream: bool, others: bool) -> _Standing:
+    def _standing(self, meta: list[str | None], *, stream: bool, counts: bool, others: bool) -> _Standing:
         policy_format, epoch, revision, change_id, records = meta
         if policy_format is None:
             if others:
                 raise self._inconsistent("the meta key, which is gone while others are there")
-            raise NotInitialisedError(
-                f"there is no policy under {self._tag} in {self._where}: if there was one, restore it from a backup; "
-                "if not, run `authzctl init`, which makes an empty one that lets everybody in"
-            )
+            raise self._not_initialised()
         if policy_format != FORMAT:
             raise self._unknown_format(policy_format)
         if not (epoch and change_id and revision and revision.isdecimal() and records and records.isdecimal()):
             raise self._inconsistent(f"the fields of the meta key: {dict(zip(_META_FIELDS, meta, strict=True))}")
         if not stream:
             raise self._inconsistent("the change stream, which is gone")
+        if int(records) and not counts:
+            raise self._inconsistent("the counts, which are gone")
         return _Standing(Position(epoch, int(revision), change_id), int(records))
 
     async def _scan(self, name: str) -> AsyncIterator[tuple[str, str]]:
@@ -345,8 +650,8 @@ class RedisStore:
             with self._errors():
                 reply: Any = await self._follower.hscan(self._key(name), cursor, count=_SCAN_COUNT)
             cursor, page = reply
-            for field, text in page.items():
-                yield field, text
+            for name_in_it, text in page.items():
+                yield name_in_it, text
             if cursor == 0:
                 return
 
@@ -356,8 +661,23 @@ class RedisStore:
     def _inconsistent(self, what: str) -> InconsistentStateError:
         return InconsistentStateError(
             f"the policy under {self._tag} in {self._where} is damaged; what does not fit: {what}. "
-            "Nothing was changed: restore a backup"
+            "Nothing was changed: restore a backup, or make what is left the policy (`authzctl confirm`)"
         )
+
+    def _not_initialised(self) -> NotInitialisedError:
+        return NotInitialisedError(
+            f"there is no policy under {self._tag} in {self._where}: if there was one, restore it from a backup; "
+            "if not, run `authzctl init`, which makes an empty one that lets everybody in"
+        )
+
+    def _repeated(self, stored: str, change_id: str, digest: str) -> WriteResult:
+        position = _position_of(stored, change_id)
+        if stored.rpartition(" ")[2] != digest:
+            raise ChangeIdUsedError(
+                f"the change id {change_id!r} was applied as revision {position.revision}, for a change that is not "
+                "exactly this one. Nothing was written now: choose another change id"
+            )
+        return WriteResult(position, repeated=True)
 
     def _unknown_format(self, found: str) -> UnknownFormatError:
         return UnknownFormatError(
@@ -417,9 +737,15 @@ def _new_text(key: RecordKey, record: Record | None) -> str | None:
     return None if record is None else encode_readable(key, record)
 
 
-def _repeated(stored: str, change_id: str) -> WriteResult:
-    epoch, _, revision = stored.partition(" ")
-    return WriteResult(Position(epoch, int(revision), change_id), repeated=True)
+def _position_of(result: str, change_id: str) -> Position:
+    """Read the stored result of a change."""
+    epoch, revision, _ = result.split(" ")
+    return Position(epoch, int(revision), change_id)
+
+
+def _parts(lines: list[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    for start in range(0, len(lines), _SCAN_COUNT):
+        yield lines[start : start + _SCAN_COUNT]
 
 
 def _event(entry_id: str, fields: Mapping[str, str]) -> Event:

@@ -18,9 +18,11 @@ from authz_server.store.interface import (
     MAX_WRITES_PER_CHANGE,
     AlreadyInitialisedError,
     Change,
+    ChangeIdUsedError,
     Check,
     ConflictError,
     EpochChangedError,
+    Finding,
     InconsistentStateError,
     NotInitialisedError,
     PositionLostError,
@@ -448,3 +450,147 @@ def test_a_change_that_makes_no_sense_cannot_be_made(fields: dict[str, Any], pro
     Change(**good)
     with pytest.raises(ValueError, match=problem):
         Change(**good | fields)
+
+
+async def test_many_records_are_read_at_once(store: Store, writer: Writer) -> None:
+    await writer.init()
+    await writer.set((Q1, Instance("q1")), (network_key("10.0.0.0/8"), network_entry("10.0.0.0/8")))
+    found = await store.read_many([Q1, ACME, network_key("10.0.0.0/8"), network_key("10.0.0.0/8", "elsewhere")])
+    assert {key: stored and stored.record for key, stored in found.items()} == {
+        Q1: Instance("q1"),
+        ACME: None,
+        network_key("10.0.0.0/8"): network_entry("10.0.0.0/8"),
+        network_key("10.0.0.0/8", "elsewhere"): None,
+    }
+    assert found[Q1] == await store.read(Q1)
+
+
+async def test_a_load_of_some_collections_reads_and_judges_no_others(
+    store: Store, backdoor: Backdoor, writer: Writer
+) -> None:
+    await writer.init()
+    await writer.set((Q1, Instance("q1")), (ACME, Tenant("acme", "q1")))
+    await backdoor.lose("tenants")
+    loaded = await store.load({"instances", "lists"})
+    assert by_key(loaded) == {Q1: Instance("q1")}
+    with pytest.raises(InconsistentStateError, match="tenants"):
+        await store.load({"tenants"})
+    assert await store.record_counts() == {"instances": 1, "tenants": 1}
+
+
+async def test_a_change_id_does_not_stand_for_another_change(store: Store, writer: Writer) -> None:
+    await writer.init()
+    change = await writer.change(Write(Q1, None, Instance("q1")))
+    first = await store.apply(change)
+    for other in (
+        replace(change, writes=(Write(Q1, None, Instance("q1", 2)),)),
+        replace(change, writes=(Write(ACME, None, Tenant("acme", "q1")),)),
+        replace(change, action="something.else"),
+    ):
+        with pytest.raises(ChangeIdUsedError, match=f"{change.change_id}.*revision 2"):
+            await store.apply(other)
+    assert await store.position() == first.position
+    event = await store.find_change(change.change_id)
+    assert event
+    assert event.position == first.position
+    assert await store.find_change("never heard of") is None
+
+
+async def test_history_is_read_in_pages(store: Store, writer: Writer) -> None:
+    await writer.init()
+    for weight in range(1, 6):
+        await writer.set((Q1, Instance("q1", weight)))
+    pages = [await store.history(count=4), await store.history(count=4, before=3)]
+    assert [[event.position.revision for event in page] for page in pages] == [[6, 5, 4, 3], [2, 1]]
+
+
+async def verified(store: Store) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    cursor = 0
+    while True:
+        part = await store.verify(cursor)
+        counts |= part.counts
+        if not (cursor := part.cursor):
+            return {name: count for name, count in counts.items() if count}
+
+
+async def test_counts_that_fit_are_verified(store: Store, writer: Writer) -> None:
+    await writer.init()
+    await writer.set((Q1, Instance("q1")), (network_key("10.0.0.0/8"), network_entry("10.0.0.0/8")))
+    assert await verified(store) == {"instances": 1, "entries:office": 1}
+
+
+@pytest.mark.parametrize("how", ["lost", "added"])
+async def test_counts_that_do_not_fit_are_noticed(store: Store, backdoor: Backdoor, writer: Writer, how: str) -> None:
+    await writer.init()
+    await writer.set((Q1, Instance("q1")), (network_key("10.0.0.0/8"), network_entry("10.0.0.0/8")))
+    if how == "lost":
+        await backdoor.lose("entries:office")
+    else:
+        await backdoor.edit("tenants", "acme", '{"instance":"q1"}')
+    with pytest.raises(InconsistentStateError, match="entries:office" if how == "lost" else "tenants"):
+        await verified(store)
+
+
+async def test_a_sound_policy_is_examined(store: Store, writer: Writer) -> None:
+    await writer.init()
+    await writer.set((Q1, Instance("q1")), (network_key("10.0.0.0/8"), network_entry("10.0.0.0/8")))
+    await writer.set((Q1, Instance("q1", 7)), (network_key("10.0.0.0/8"), None))
+    examined = await store.examine()
+    assert (examined.sound, examined.problems, examined.findings, examined.records) == (True, (), (), 1)
+    assert examined.position == await store.position()
+
+
+async def test_a_text_edited_by_hand_is_noticed_where_everything_is_read(
+    store: Store, backdoor: Backdoor, writer: Writer
+) -> None:
+    await writer.init()
+    await writer.set((Q1, Instance("q1")), (ACME, Tenant("acme", "q1")))
+    assert (await store.load()).edited == ()
+    await backdoor.edit("tenants", "acme", encode_record(Tenant("acme", "q2")))
+    assert (await store.load()).edited == ("tenants",)
+    examined = await store.examine()
+    assert (examined.sound, examined.findings) == (False, (Finding("tenants", 1, 1),))
+    # An honest change of another record of the collection does not cover it up.
+    await writer.set((RecordKey(RecordKind.TENANT, "beta"), Tenant("beta", "q1")))
+    assert (await store.load()).edited == ("tenants",)
+
+
+async def test_confirming_makes_what_is_left_the_policy_under_a_new_epoch(
+    store: Store, backdoor: Backdoor, writer: Writer
+) -> None:
+    await writer.init()
+    await writer.set((Q1, Instance("q1")), (network_key("10.0.0.0/8"), network_entry("10.0.0.0/8")))
+    await backdoor.lose("entries:office")
+    await backdoor.edit("tenants", "acme", encode_record(Tenant("acme", "q1")))
+    before = await store.position()
+    examined = await store.examine()
+    assert set(examined.findings) == {Finding("entries:office", 1, 0), Finding("tenants", 0, 1)}
+    result = await store.confirm(examined, actor="alice", reason="we know", change_id="c9")
+    assert (result.position.revision, result.repeated) == (before.revision + 1, False)
+    assert result.position.epoch != before.epoch
+    again = await store.confirm(examined, actor="alice", reason="we know", change_id="c9")
+    assert again == replace(result, repeated=True)
+    loaded = await store.load()
+    assert by_key(loaded) == {Q1: Instance("q1"), ACME: Tenant("acme", "q1")}
+    assert (loaded.position, loaded.edited) == (result.position, ())
+    assert (await store.examine()).sound
+    with pytest.raises(PositionLostError):
+        await store.events_after(before, wait_seconds=0)
+    [event] = await store.history(count=1)
+    assert (event.action, event.actor, event.reason, event.previous_change_id) == (
+        "confirm",
+        "alice",
+        "we know",
+        before.change_id,
+    )
+    await writer.set((network_key("10.0.0.0/8"), network_entry("10.0.0.0/8")))
+
+
+async def test_a_policy_that_changed_since_it_was_examined_is_not_confirmed(store: Store, writer: Writer) -> None:
+    await writer.init()
+    examined = await store.examine()
+    after = (await writer.set((Q1, Instance("q1")))).position
+    with pytest.raises(EpochChangedError):
+        await store.confirm(examined, actor="alice", reason="r", change_id="c9")
+    assert await store.position() == after

@@ -14,7 +14,9 @@ from authz_server.demo.valkey import Valkey
 from authz_server.policy.affinity import Instance, Tenant
 from authz_server.policy.records import RecordKey, RecordKind, Unreadable
 from authz_server.store.interface import (
+    DurabilityError,
     InconsistentStateError,
+    NotDurableError,
     NotInitialisedError,
     PositionLostError,
     StoreRefusedError,
@@ -145,7 +147,7 @@ async def test_lost_counts_of_lists_alone_are_noticed(store: RedisStore, client:
     await Writer(store).init()
     await Writer(store).set((network_key("10.0.0.0/8"), network_entry("10.0.0.0/8")))
     await client.delete(f"{{{prefix}}}:counts", f"{{{prefix}}}:entries:office")
-    with pytest.raises(InconsistentStateError, match="0 records in all instead of 1"):
+    with pytest.raises(InconsistentStateError, match="the counts, which are gone"):
         await store.load()
 
 
@@ -329,3 +331,82 @@ async def test_nothing_is_written_onto_a_collection_that_lost_records(
     with pytest.raises(InconsistentStateError, match="0 records instead of 1"):
         await Writer(store).set((RecordKey(RecordKind.INSTANCE, "q2"), Instance("q2")))
     assert await client.hlen(f"{{{prefix}}}:instances") == 0
+
+
+@pytest.mark.parametrize("lost", ["meta", "counts", "changes", "meta changes", "stray"])
+async def test_what_is_left_after_a_lost_key_can_be_confirmed(
+    store: RedisStore, client: Any, prefix: str, lost: str
+) -> None:
+    await Writer(store).init()
+    await Writer(store).set((Q1, Instance("q1")), (network_key("10.0.0.0/8"), network_entry("10.0.0.0/8")))
+    before = await store.load()
+    if lost == "stray":
+        await client.xadd(f"{{{prefix}}}:changes", {"hello": "world"})
+    else:
+        assert await client.delete(*(f"{{{prefix}}}:{key}" for key in lost.split()))
+    examined = await store.examine()
+    assert not examined.sound
+    await store.confirm(examined, actor="alice", reason="we know", change_id="c9")
+    after = await store.load()
+    assert (by_key(after), after.edited) == (by_key(before), ())
+    assert after.position.epoch != before.position.epoch
+    assert (await store.examine()).sound
+    await Writer(store).set((ACME, Tenant("acme", "q1")))
+    aside = [key async for key in client.scan_iter(match=f"{{{prefix}}}:changes:until:*")]
+    assert len(aside) == (lost == "stray")
+
+
+async def test_an_edit_during_the_examination_is_seen(store: RedisStore, client: Any, prefix: str) -> None:
+    await Writer(store).init()
+    writer = Writer(store)
+    for weight in range(1, 30):
+        examining = asyncio.create_task(store.examine())
+        await writer.set((Q1, Instance("q1", weight)), (ACME, Tenant("acme", f"q{weight}")))
+        assert (await examining).sound
+
+
+async def test_a_change_id_whose_result_has_gone_is_found_in_the_history(
+    store: RedisStore, client: Any, prefix: str
+) -> None:
+    await Writer(store).init()
+    result = await Writer(store).set((Q1, Instance("q1")))
+    await client.delete(f"{{{prefix}}}:change:{result.position.change_id}")
+    event = await store.find_change(result.position.change_id)
+    assert event
+    assert event.position == result.position
+
+
+async def test_a_change_in_the_append_only_file_is_durable(prefix: str) -> None:
+    with Valkey(append_only=True) as valkey:
+        store = RedisStore(valkey.url, prefix=prefix)
+        try:
+            await Writer(store).init()
+            durability = await store.durability()
+            assert str(durability) == "the append-only file"
+            result = await Writer(store).set((Q1, Instance("q1")))
+            await store.make_durable(result, durability, seconds=5)
+            valkey.kill()
+            valkey.start()
+            assert await store.position() == result.position
+        finally:
+            await store.close()
+
+
+async def test_without_a_copy_nothing_is_called_durable(store: RedisStore) -> None:
+    with pytest.raises(DurabilityError, match="no append-only file and has no replica"):
+        await store.durability()
+
+
+async def test_a_lost_change_is_not_called_durable(prefix: str) -> None:
+    with Valkey(append_only=True) as valkey:
+        store = RedisStore(valkey.url, prefix=prefix)
+        client: Any = Redis.from_url(valkey.url)
+        try:
+            await Writer(store).init()
+            result = await Writer(store).set((Q1, Instance("q1")))
+            await client.flushall()
+            with pytest.raises(NotDurableError, match="was lost"):
+                await store.make_durable(result, await store.durability(), seconds=5)
+        finally:
+            await store.close()
+            await client.aclose()

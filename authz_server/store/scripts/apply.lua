@@ -3,17 +3,25 @@
 --
 -- KEYS  meta, counts, changes, result of this change id, then the hash of each collection
 -- ARGV  format, epoch, change id, actor, reason, action, records (JSON, for the event), most events to keep, seconds
---       to keep the result, then the name of each collection (in the order of KEYS), then six for each record:
---       number of its collection (from 1), field, 'present' or 'absent', the text expected if present,
+--       to keep the result, digest of the change, then the name of each collection (in the order of KEYS), then six for
+--       each record: number of its collection (from 1), field, 'present' or 'absent', the text expected if present,
 --       'set', 'delete' or 'check', the text to set
--- Reply one of  {applied, revision}  {repeated, 'epoch revision'}  {absent}  {format, found}  {epoch, found}
+-- Reply one of  {applied, revision}  {repeated, 'epoch revision digest'}  {absent}  {format, found}  {epoch, found}
 --               {conflict, number of the record (from 1), text found or nil}  {inconsistent, what}
+--
+-- A count is 'records revision sum': how many there are, which change was the last to touch the collection, and the sum
+-- of 48 bits of SHA-1 of each field and text, so that texts edited by hand can be noticed.
 
 local meta, counts, changes, result = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local format, epoch, change_id = ARGV[1], ARGV[2], ARGV[3]
-local FIXED_KEYS, FIXED_ARGUMENTS, PER_RECORD = 4, 9, 6
+local FIXED_KEYS, FIXED_ARGUMENTS, PER_RECORD = 4, 10, 6
+local MODULUS = 281474976710656
 local collections = #KEYS - FIXED_KEYS
 local first = FIXED_ARGUMENTS + collections + 1
+
+local function share(field, text)
+  return tonumber(string.sub(redis.sha1hex(field .. '\0' .. text), 1, 12), 16)
+end
 
 local before = redis.call('GET', result)
 if before then
@@ -48,16 +56,18 @@ if #newest == 0 or newest[1][1] ~= found[3] .. '-0' or last_id ~= newest[1][1] t
   return {'inconsistent', 'the change stream, which does not end with revision ' .. found[3]}
 end
 
-local after = {}
+local after, sums, changed = {}, {}, {}
 for i = 1, collections do
-  local text = redis.call('HGET', counts, ARGV[FIXED_ARGUMENTS + i]) or '0'
-  after[i] = tonumber(text)
-  if not after[i] then
-    return {'inconsistent', 'the count of ' .. ARGV[FIXED_ARGUMENTS + i] .. ', which is ' .. text}
+  local name = ARGV[FIXED_ARGUMENTS + i]
+  local text = redis.call('HGET', counts, name) or '0 0 0'
+  local count, sum = string.match(text, '^(%d+) %d+ (%d+)$')
+  if not count then
+    return {'inconsistent', 'the count of ' .. name .. ', which is ' .. text}
   end
+  after[i], sums[i] = tonumber(count), tonumber(sum)
   local there = redis.call('HLEN', KEYS[FIXED_KEYS + i])
   if there ~= after[i] then
-    return {'inconsistent', ARGV[FIXED_ARGUMENTS + i] .. ': ' .. there .. ' records instead of ' .. text}
+    return {'inconsistent', name .. ': ' .. there .. ' records instead of ' .. count}
   end
 end
 for i = first, #ARGV, PER_RECORD do
@@ -66,12 +76,19 @@ for i = first, #ARGV, PER_RECORD do
   if (state == 'present' and text ~= expected) or (state == 'absent' and text) then
     return {'conflict', (i - first) / PER_RECORD + 1, text}
   end
-  if act == 'set' and not text then
-    after[number] = after[number] + 1
-    records = records + 1
-  elseif act == 'delete' and text then
-    after[number] = after[number] - 1
-    records = records - 1
+  if act ~= 'check' then
+    changed[number] = true
+    if text then
+      after[number] = after[number] - 1
+      records = records - 1
+      sums[number] = sums[number] - share(field, text)
+    end
+    if act == 'set' then
+      after[number] = after[number] + 1
+      records = records + 1
+      sums[number] = sums[number] + share(field, ARGV[i + 5])
+    end
+    sums[number] = sums[number] % MODULUS
   end
 end
 
@@ -97,21 +114,21 @@ for i = first, #ARGV, PER_RECORD do
     redis.call('HDEL', key, field)
   end
 end
+revision = string.format('%d', revision + 1)
 local touched = {}
-for i = 1, collections do
+for i in pairs(changed) do
   local name = ARGV[FIXED_ARGUMENTS + i]
   touched[name] = after[i]
   if after[i] == 0 then
     redis.call('HDEL', counts, name)
   else
-    redis.call('HSET', counts, name, after[i])
+    redis.call('HSET', counts, name, string.format('%d %s %.0f', after[i], revision, sums[i]))
   end
 end
-revision = string.format('%d', revision + 1)
 redis.call('HSET', meta, 'revision', revision, 'last_change', change_id, 'records', records)
 local now = redis.call('TIME')
 redis.call('XADD', changes, 'MAXLEN', '~', ARGV[8], revision .. '-0', 'epoch', epoch, 'change', change_id,
   'previous', previous_change, 'actor', ARGV[4], 'reason', ARGV[5], 'action', ARGV[6],
   'at', string.format('%d.%06d', now[1], now[2]), 'records', ARGV[7], 'counts', cjson.encode(touched))
-redis.call('SET', result, epoch .. ' ' .. revision, 'EX', ARGV[9])
+redis.call('SET', result, epoch .. ' ' .. revision .. ' ' .. ARGV[10], 'EX', ARGV[9])
 return {'applied', revision}
