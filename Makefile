@@ -39,8 +39,9 @@ test-unit: $(READY) ## Run the tests that open no socket
 test-istio: $(READY) ## Try the manifests of istio/ on real Envoys of three versions, one line for each practice
 	$(BIN)/python -m pytest -q tests/istio
 
-bench: $(READY) ## Measure (minutes; needs h2load and wrk): the match table and the transport; loadtest/NOTES.md
+bench: $(READY) ## Measure (minutes; needs h2load and wrk): the match table, a check, the transport; loadtest/NOTES.md
 	$(BIN)/python -m loadtest.match_table
+	$(BIN)/python -m loadtest.tight_loop
 	for part in cpu overload hostile resets drain; do $(BIN)/python -m loadtest.$$part grpcio || exit 1; done
 
 lint: $(READY) ## Check format, lint and types

@@ -22,7 +22,7 @@ from authz_server.policy.access import Enforcement
 from authz_server.policy.addresses import Address
 from authz_server.policy.attributes import RequestAttributes
 from authz_server.policy.decision import Allowed, Decision
-from authz_server.policy.paths import path_without_query
+from authz_server.policy.paths import RequestPath
 
 _log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class DecisionLog:
                 "request_id": attributes.request_id,
                 "method": attributes.method,
                 "host": attributes.host,
-                "path": path_without_query(attributes.path),
+                "path": RequestPath(attributes.path).text,
             }
             facts |= {name: text[: _SHOWN[name]] for name, text in request.items() if text}
         if decision.tenant is not None:

@@ -1,7 +1,7 @@
 """`explain`: a request that somebody describes, and what the server's own `decide` makes of it. Pure."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from urllib.parse import quote
 
 from authz_server.policy.addresses import Address
@@ -91,15 +91,15 @@ def _name_tenant(attributes: RequestAttributes, tenant: str, source: TenantSourc
         case SourceKind.HEADER:
             if source.name in attributes.headers:
                 raise CannotDescribeError(f"tenant and header {source.name}: give one of them")
-            return replace(attributes, headers={**attributes.headers, source.name: tenant})
+            return attributes._replace(headers={**attributes.headers, source.name: tenant})
         case SourceKind.QUERY:
             mark = "&" if "?" in attributes.path else "?"
-            return replace(attributes, path=f"{attributes.path}{mark}{quote(source.name)}={quote(tenant, safe='')}")
+            return attributes._replace(path=f"{attributes.path}{mark}{quote(source.name)}={quote(tenant, safe='')}")
         case SourceKind.HOST:
             if attributes.host:
                 raise CannotDescribeError(f"tenant and host: the host names the tenant ({source}), give one of them")
-            return replace(attributes, host=source.name.replace("{tenant}", tenant))
+            return attributes._replace(host=source.name.replace("{tenant}", tenant))
         case SourceKind.PATH:
             if attributes.path != "/":
                 raise CannotDescribeError(f"tenant and path: the path names the tenant ({source}), give one of them")
-            return replace(attributes, path=source.name.replace("{tenant}", quote(tenant, safe="")))
+            return attributes._replace(path=source.name.replace("{tenant}", quote(tenant, safe="")))

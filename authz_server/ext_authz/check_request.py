@@ -3,6 +3,7 @@
 Whatever is not needed is never copied: cookies, authorization headers and bodies stay in the message and go with it.
 """
 
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 
 from google.protobuf.message import DecodeError
@@ -35,32 +36,35 @@ def read_check_request(data: bytes, tenant_headers: AbstractSet[str]) -> Request
     except DecodeError as error:
         raise BadCheckRequestError(f"not a CheckRequest: {error}") from None
     attributes = check_request.attributes
-    if not attributes.request.HasField("http"):
+    request = attributes.request
+    if not request.HasField("http"):
         raise BadCheckRequestError("the CheckRequest has no attributes.request.http")
-    http = attributes.request.http
-    headers = _headers(http, tenant_headers | {EXTERNAL_ADDRESS_HEADER, REQUEST_ID_HEADER})
+    http = request.http
+    # The map form holds lower-case names and joined values already (Envoy's API says so, and Envoy does so).
+    headers: Mapping[str, str] = http.headers or _listed_headers(
+        http.header_map, tenant_headers | {EXTERNAL_ADDRESS_HEADER, REQUEST_ID_HEADER}
+    )
+    header = headers.get
+    # By position: it takes half as long.
     return RequestAttributes(
-        method=http.method,
-        host=http.host,
-        path=http.path,
+        http.method,
+        http.host,
+        http.path,
         # Unix sockets and Envoy's internal listeners are addresses of other kinds, whose socket_address is unset.
-        peer_address=attributes.source.address.socket_address.address or None,
-        external_address=headers.get(EXTERNAL_ADDRESS_HEADER),
-        headers={name: headers[name] for name in tenant_headers if name in headers},
-        request_id=headers.get(REQUEST_ID_HEADER, ""),
+        attributes.source.address.socket_address.address or None,
+        header(EXTERNAL_ADDRESS_HEADER),
+        {name: value for name in tenant_headers if (value := header(name)) is not None},
+        header(REQUEST_ID_HEADER, ""),
     )
 
 
-def _headers(http: ext_authz_pb2.HttpRequest, wanted: AbstractSet[str]) -> dict[str, str]:
-    """Return the wanted headers that the request has; repeated ones joined by commas.
+def _listed_headers(header_map: ext_authz_pb2.HeaderMap, wanted: AbstractSet[str]) -> dict[str, str]:
+    """Return the wanted headers of the list form, of a filter with `encode_raw_headers`, in the shape of the map form.
 
-    The map form holds lower-case names and joined values already (Envoy's API says so, and Envoy does so). The list
-    form, of a filter with `encode_raw_headers`, is brought to the same shape.
+    Names in lower case, the values of repeated ones joined by commas.
     """
-    if http.headers:
-        return {name: http.headers[name] for name in wanted if name in http.headers}
     values: dict[str, list[str]] = {}
-    for header in http.header_map.headers:
+    for header in header_map.headers:
         name = header.key.lower()
         if name in wanted:
             # Bytes that are not UTF-8 become U+FFFD, which no address and no tenant id may contain.

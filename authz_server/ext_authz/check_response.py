@@ -7,8 +7,9 @@ through. Never both: Envoy sets first and removes afterwards, so such a header w
 import json
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http import HTTPStatus
 from itertools import product
 from types import MappingProxyType
@@ -17,6 +18,7 @@ from typing import Self
 from authz_server.policy.access import Enforcement
 from authz_server.policy.affinity import Affinity
 from authz_server.policy.decision import Allowed, Decision
+from authz_server.policy.identifiers import MAX_IDENTIFIER_LENGTH
 from authz_server.policy.reasons import Reason
 
 # Tags of fields that have a length (number << 3 | 2), named after protos/authz_server/ext_authz.proto.
@@ -30,7 +32,7 @@ _STRING_VALUE, _LIST_VALUE, _LIST_ITEM = b"\x1a", b"\x32", b"\x0a"  # google.pro
 _NUMBER_VALUE = b"\x11"  # google.protobuf.Value 2: eight bytes, without a length (number << 3 | 1)
 _STATUS_CODE = b"\x08"  # HttpStatus 1: a number (number << 3)
 # Small fields as a whole.
-_OVERWRITE_IF_EXISTS_OR_ADD = b"\x18\x02"  # HeaderValueOption 3
+_OVERWRITE = b"\x18\x02"  # HeaderValueOption 3: OVERWRITE_IF_EXISTS_OR_ADD
 _STATUS_OK = b"\x0a\x00"  # CheckResponse 1, an empty Status: code 0
 _STATUS_DENIED = b"\x0a\x02\x08\x07"  # google.rpc.Code.PERMISSION_DENIED; any code but 0 makes Envoy deny
 
@@ -98,15 +100,18 @@ class ResponseWriter:
     """
 
     def __init__(self, options: ResponseOptions) -> None:
-        self._routing_name, self._tenant_name = _text(_KEY, options.routing_header), _text(_KEY, options.tenant_header)
+        routing_name, tenant_name = _text(_KEY, options.routing_header), _text(_KEY, options.tenant_header)
+        self._routing_header = _TextField(lambda instance: _overwrite(routing_name, instance), _OVERWRITE)
+        self._tenant_header = _TextField(lambda tenant: _overwrite(tenant_name, tenant), _OVERWRITE)
         self._removed = {
             (routed, named): _removals(options, routed=routed, named=named)
             for routed in (False, True)
             for named in (False, True)
         }
         self._denied = {reason: _Denial.build(reason, options) for reason in Reason}
-        self._reasons = {reason: _fact("reason", reason) for reason in Reason}
-        self._revision: tuple[int, bytes] = (0, _revision_fact(0))
+        # Instances are few: no client can name one.
+        self._instance = lru_cache(maxsize=1024)(self._write_instance)
+        self._first_facts = lru_cache(maxsize=len(Reason))(_first_facts)
 
     def write(self, decision: Decision, *, request_id: str, revision: int) -> bytes:
         """Return the CheckResponse for a decision.
@@ -116,48 +121,29 @@ class ResponseWriter:
             request_id: the value of x-request-id, whoever wrote it: shown to the client only if it looks like an id.
             revision: of the snapshot that the decision was made from; 0 when it needed none.
         """
-        metadata = _field(_DYNAMIC_METADATA, self._facts(decision, revision))
-        if isinstance(decision, Allowed):
-            return _STATUS_OK + _field(_OK_RESPONSE, self._allowed(decision)) + metadata
-        return _STATUS_DENIED + _field(_DENIED_RESPONSE, self._denied[decision.reason].of(request_id)) + metadata
-
-    def _allowed(self, decision: Allowed) -> bytes:
-        instance, tenant = decision.instance, decision.tenant
-        payload = self._removed[instance is not None, tenant is not None]
-        if instance is not None:
-            payload += _overwrite(self._routing_name, instance)
-        if tenant is not None:
-            payload += _overwrite(self._tenant_name, tenant)
-        return payload
-
-    def _facts(self, decision: Decision, revision: int) -> bytes:
-        """Return what access logs get to know, whatever the client does; facts that a decision lacks are left out."""
-        if self._revision[0] != revision:
-            self._revision = (revision, _revision_fact(revision))
-        facts = [self._revision[1], self._reasons[decision.reason]]
+        facts = self._first_facts(revision, decision.reason, isinstance(decision, Allowed))
+        tenant = b"" if decision.tenant is None else decision.tenant.encode()
+        if tenant:
+            facts += _TENANT.around(tenant)
         if decision.client_address is not None:
-            facts.append(_fact("client_address", str(decision.client_address)))
-        if decision.tenant is not None:
-            facts.append(_fact("tenant", decision.tenant))
-        if isinstance(decision, Allowed):
-            facts.append(_OUTCOME_OK)
-            if decision.instance is not None:
-                facts += (_fact("instance", decision.instance), _AFFINITIES[decision.affinity])
-        else:
-            facts.append(_OUTCOME_DENIED)
-        if deciding := decision.deciding:
-            facts.append(_fact("scope", deciding.scope))
-            if deciding.match:
-                facts.append(_fact("list", deciding.match.list_name))
-                facts.append(_fact("entry", str(deciding.match.entry.network)))
-        shadow = [
-            _field(_LIST_ITEM, _text(_STRING_VALUE, f"{outcome.scope}:{outcome.reason}"))
-            for outcome in decision.scopes
-            if outcome.enforcement is Enforcement.SHADOW and outcome.denies
-        ]
-        if shadow:
-            facts.append(_fact_of("shadow", _field(_LIST_VALUE, b"".join(shadow))))
-        return b"".join(facts)
+            facts += _CLIENT_ADDRESS.around(str(decision.client_address).encode())
+        facts += _facts_of_scopes(decision)
+        if not isinstance(decision, Allowed):
+            denied = self._denied[decision.reason].of(request_id)
+            return _STATUS_DENIED + _field(_DENIED_RESPONSE, denied) + _field(_DYNAMIC_METADATA, facts)
+        ok = self._removed[decision.instance is not None, bool(tenant)]
+        if decision.instance is not None:
+            header, facts_of_instance = self._instance(decision.instance, decision.affinity)
+            ok += header
+            facts += facts_of_instance
+        if tenant:
+            ok += self._tenant_header.around(tenant)
+        return _STATUS_OK + _field(_OK_RESPONSE, ok) + _field(_DYNAMIC_METADATA, facts)
+
+    def _write_instance(self, instance: str, affinity: Affinity) -> tuple[bytes, bytes]:
+        """Return the routing header, and what access logs get to know of it."""
+        facts = _fact("instance", instance) + _fact("affinity", affinity)
+        return self._routing_header.around(instance.encode()), facts
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,15 +213,34 @@ def _overwrite(name: bytes, value: str) -> bytes:
     The action is said explicitly: unset, it would keep the client's value beside ours, and the older field `append`
     means different things to different versions of Envoy.
     """
-    return _field(_HEADERS, _field(_HEADER, name + _text(_HEADER_VALUE, value)) + _OVERWRITE_IF_EXISTS_OR_ADD)
+    return _field(_HEADERS, _field(_HEADER, name + _text(_HEADER_VALUE, value)) + _OVERWRITE)
+
+
+def _first_facts(revision: int, reason: Reason, allowed: bool) -> bytes:
+    """Return the facts that are the same for very many answers."""
+    revision_fact = _fact_of("revision", _NUMBER_VALUE + struct.pack("<d", revision))
+    return revision_fact + _fact("reason", reason) + _fact("outcome", "ok" if allowed else "denied")
+
+
+def _facts_of_scopes(decision: Decision) -> bytes:
+    """Return which scope and entry decided, and what scopes in shadow would have decided."""
+    facts = b""
+    if deciding := decision.deciding:
+        facts += _fact("scope", deciding.scope)
+        if deciding.match:
+            facts += _fact("list", deciding.match.list_name) + _fact("entry", str(deciding.match.entry.network))
+    shadow = [
+        _field(_LIST_ITEM, _text(_STRING_VALUE, f"{outcome.scope}:{outcome.reason}"))
+        for outcome in decision.scopes
+        if outcome.enforcement is _SHADOW and outcome.denies
+    ]
+    if shadow:
+        facts += _fact_of("shadow", _field(_LIST_VALUE, b"".join(shadow)))
+    return facts
 
 
 def _fact(name: str, value: str) -> bytes:
     return _fact_of(name, _text(_STRING_VALUE, value))
-
-
-def _revision_fact(revision: int) -> bytes:
-    return _fact_of("revision", _NUMBER_VALUE + struct.pack("<d", revision))
 
 
 def _fact_of(name: str, value: bytes) -> bytes:
@@ -249,7 +254,7 @@ def _text(tag: bytes, value: str) -> bytes:
 
 def _field(tag: bytes, value: bytes) -> bytes:
     size = len(value)
-    return tag + (_LENGTHS[size] if size < 128 else _varint(size)) + value
+    return tag + (_LENGTHS[size] if size < len(_LENGTHS) else _varint(size)) + value
 
 
 def _varint(number: int) -> bytes:
@@ -262,8 +267,31 @@ def _varint(number: int) -> bytes:
     return bytes(encoded)
 
 
-_LENGTHS = tuple(bytes((size,)) for size in range(128))
-"""Lengths that fit into one byte."""
+class _TextField:
+    """A field that holds a text, somewhere within: what surrounds texts of the usual lengths is encoded beforehand."""
+
+    __slots__ = ("_heads", "_tail", "_write")
+
+    def __init__(self, write: Callable[[str], bytes], tail: bytes = b"") -> None:
+        """Prepare for texts of up to MAX_IDENTIFIER_LENGTH bytes.
+
+        Args:
+            write: returns the whole field for a text.
+            tail: what it puts after the text.
+        """
+        self._write = write
+        self._tail = tail
+        self._heads = tuple(write("x" * size)[: -size - len(tail) or None] for size in range(MAX_IDENTIFIER_LENGTH + 1))
+
+    def around(self, text: bytes) -> bytes:
+        """Return the field for a text in UTF-8."""
+        if len(text) > MAX_IDENTIFIER_LENGTH:
+            return self._write(text.decode())
+        return self._heads[len(text)] + text + self._tail
+
+
+_LENGTHS = tuple(_varint(size) for size in range(1024))
+"""Usual lengths, encoded."""
 _KEYS = {
     name: _text(_KEY, name)
     for name in (
@@ -271,5 +299,6 @@ _KEYS = {
         *("scope", "list", "entry", "shadow"),
     )
 }
-_OUTCOME_OK, _OUTCOME_DENIED = _fact("outcome", "ok"), _fact("outcome", "denied")
-_AFFINITIES = {affinity: _fact("affinity", affinity) for affinity in Affinity}
+_CLIENT_ADDRESS = _TextField(lambda address: _fact("client_address", address))
+_TENANT = _TextField(lambda tenant: _fact("tenant", tenant))
+_SHADOW = Enforcement.SHADOW

@@ -8,8 +8,8 @@ raise would walk through every mesh that fails open.
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from authz_server.ext_authz.check_request import BadCheckRequestError, read_check_request
 from authz_server.ext_authz.check_response import ResponseOptions, ResponseWriter
@@ -26,8 +26,7 @@ class CannotDecideError(Exception):
     """This server cannot decide about anything now; the message says why. Never caused by a request."""
 
 
-@dataclass(frozen=True, slots=True)
-class Checked:
+class Checked(NamedTuple):
     """A check that was answered, for metrics and logs."""
 
     decision: Decision
@@ -94,7 +93,12 @@ class Checker:
         except Exception as raised:  # noqa: BLE001  (the one edge: a fault that a request can provoke must deny it)
             answer, decision, attributes, revision = self._internal_error_answer, self._internal_error, None, 0
             error = raised
-        self._tell(Checked(decision, attributes, revision, time.perf_counter() - started, error))
+        try:
+            self._observe(Checked(decision, attributes, revision, time.perf_counter() - started, error))
+        except Exception:  # noqa: BLE001  (the answer stands: who counts checks has no say in them)
+            if not self._observer_failed:  # said once: at thousands of checks a second the log is the next fault
+                self._observer_failed = True
+                _log.exception("checks are answered but not observed any more, or not all of them")
         return answer
 
     def _answer(self, data: bytes) -> tuple[bytes, Decision, RequestAttributes | None, int]:
@@ -118,14 +122,6 @@ class Checker:
         request_id = attributes.request_id if attributes else ""
         answer = self._writer.write(decision, request_id=request_id, revision=revision)
         return answer, decision, attributes, revision
-
-    def _tell(self, checked: Checked) -> None:
-        try:
-            self._observe(checked)
-        except Exception:  # noqa: BLE001  (the answer stands: who counts checks has no say in them)
-            if not self._observer_failed:  # said once: at thousands of checks a second the log is the next fault
-                self._observer_failed = True
-                _log.exception("checks are answered but not observed any more, or not all of them")
 
 
 @lru_cache(maxsize=8)

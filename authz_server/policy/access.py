@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from string import ascii_lowercase, ascii_uppercase
+from typing import NamedTuple
 
 from authz_server.policy.addresses import Address, Network
 from authz_server.policy.networks import NetworkTable
@@ -59,6 +60,9 @@ class Entry:
 
 
 EntryTable = NetworkTable[Entry]
+
+# Every check asks for these, and Python 3.11 is slow to find them in their classes.
+_ALLOW, _BLOCK, _ENFORCE, _ALLOWED = Side.ALLOW, Side.BLOCK, Enforcement.ENFORCE, Reason.ALLOWED
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +128,11 @@ class Resource:
 
     def holds(self, readings: Iterable[str]) -> bool:
         """Tell whether any reading of a path lies within this resource."""
-        return any(pattern.matches(reading) for reading in readings for pattern in self.paths)
+        for reading in readings:
+            for pattern in self.paths:
+                if pattern.matches(reading):
+                    return True
+        return False
 
 
 def normalize_host(host: str) -> str:
@@ -133,19 +141,17 @@ def normalize_host(host: str) -> str:
     Only ASCII letters have a lower case here: the Kelvin sign must not turn into the `k` of a registered tenant.
     """
     name = "".join(host.partition("]")[:2]) if host.startswith("[") else host.partition(":")[0]
-    return name.translate(_ASCII_LOWER).rstrip(".")
+    return (name.lower() if name.isascii() else name.translate(_ASCII_LOWER)).rstrip(".")
 
 
-@dataclass(frozen=True, slots=True)
-class ListMatch:
+class ListMatch(NamedTuple):
     """The entry that decided within a scope, and the list that holds it."""
 
     list_name: str
     entry: Entry
 
 
-@dataclass(frozen=True, slots=True)
-class ScopeOutcome:
+class ScopeOutcome(NamedTuple):
     """What one scope says of an address."""
 
     scope: str
@@ -162,14 +168,26 @@ class ScopeOutcome:
 
 def judge(scope: Scope, tables: Mapping[str, EntryTable], address: Address, now: float) -> ScopeOutcome:
     """Say what a scope makes of an address at `now` (seconds since the Unix epoch)."""
-    allow = _longest_match(scope.lists[Side.ALLOW], tables, address, now)
-    block = _longest_match(scope.lists[Side.BLOCK], tables, address, now)
+    allow = _longest_match(scope.lists[_ALLOW], tables, address, now)
+    block = _longest_match(scope.lists[_BLOCK], tables, address, now)
     if block and (allow is None or _length(block) >= _length(allow)):
         return ScopeOutcome(scope.name, scope.enforcement, Reason.BLOCKED, block)
     if allow:
         return ScopeOutcome(scope.name, scope.enforcement, Reason.ALLOWLISTED, allow)
-    reason = Reason.NOT_ALLOWLISTED if scope.mode is Mode.RESTRICTED else Reason.ALLOWED
+    reason = Reason.NOT_ALLOWLISTED if scope.mode is Mode.RESTRICTED else _ALLOWED
     return ScopeOutcome(scope.name, scope.enforcement, reason)
+
+
+def judge_without_record(
+    scope_name: str, tables: Mapping[str, EntryTable], address: Address, now: float
+) -> ScopeOutcome:
+    """Say what `judge` says of a scope that has no record: it is open and enforced, and its own lists count.
+
+    Most tenants are of this kind, and most of these have no lists of their own either.
+    """
+    if own_list(scope_name, _ALLOW) in tables or own_list(scope_name, _BLOCK) in tables:
+        return judge(Scope(scope_name), tables, address, now)
+    return ScopeOutcome(scope_name, _ENFORCE, _ALLOWED)
 
 
 def _longest_match(

@@ -7,7 +7,7 @@ same client. Nothing is ever repaired: text that is not exactly one address is r
 from collections.abc import Iterable
 from dataclasses import dataclass
 from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
-from typing import Literal
+from typing import Literal, NamedTuple
 
 MAX_PREFIX_LENGTH = {4: 32, 6: 128}
 
@@ -20,8 +20,7 @@ class InvalidNetworkError(ValueError):
     """The text is not one CIDR, or would mean something else than it seems to say."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Address:
+class Address(NamedTuple):
     """One IPv4 or IPv6 address; never an IPv4-mapped IPv6 one."""
 
     version: Literal[4, 6]

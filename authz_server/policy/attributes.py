@@ -1,11 +1,11 @@
 """RequestAttributes: the few facts of a request that a decision needs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class RequestAttributes:
+class RequestAttributes(NamedTuple):
     """What Envoy says about one request, as text that has not been judged yet.
 
     Who can write what: Envoy alone writes `peer_address`; it writes `external_address` at the edge; everything
@@ -21,7 +21,7 @@ class RequestAttributes:
     """The connection's peer as Envoy saw it, or None for a peer without an IP address (a Unix socket)."""
     external_address: str | None = None
     """The value of x-envoy-external-address; None when it is absent. Repeated headers arrive joined by a comma."""
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = MappingProxyType({})
     """The headers that name a tenant, under lower-case names; the others are not needed and not kept."""
     request_id: str = ""
     """The value of x-request-id; only for people who read logs, never for the decision."""

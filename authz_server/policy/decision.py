@@ -4,20 +4,21 @@ A pure function of the request, the snapshot and the time. What a request causes
 has no way to say "I cannot decide", because not being able to is a matter of our state, not of a request.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from authz_server.policy.access import (
     Enforcement,
     Scope,
     ScopeOutcome,
     judge,
+    judge_without_record,
     normalize_host,
     tenant_scope,
 )
 from authz_server.policy.addresses import Address, InvalidAddressError, any_contains, parse_address
 from authz_server.policy.affinity import Affinity, rendezvous
 from authz_server.policy.attributes import RequestAttributes
-from authz_server.policy.paths import RequestPath, is_too_long, path_without_query
+from authz_server.policy.paths import RequestPath
 from authz_server.policy.reasons import Reason
 from authz_server.policy.snapshot import MissingClientAddress, MissingTenant, Snapshot, UnknownTenant
 from authz_server.policy.tenant import name_tenant
@@ -26,8 +27,7 @@ MAX_QUERY_LENGTH = 16384
 """Characters of a query; longer ones are refused. Common backends refuse request lines beyond 8 KiB anyway."""
 
 
-@dataclass(frozen=True, slots=True)
-class Allowed:
+class Allowed(NamedTuple):
     """The request may pass, to this instance if one is named."""
 
     reason: Reason
@@ -45,8 +45,7 @@ class Allowed:
         return _deciding(self.reason, self.scopes)
 
 
-@dataclass(frozen=True, slots=True)
-class Denied:
+class Denied(NamedTuple):
     """The request may not pass."""
 
     reason: Reason
@@ -63,14 +62,17 @@ class Denied:
 
 Decision = Allowed | Denied
 
+_ALLOWED = Reason.ALLOWED
+_DENYING = (Reason.BLOCKED, Reason.NOT_ALLOWLISTED)
+"""What a scope says to deny, the weightier first."""
+
 
 def decide(attributes: RequestAttributes, snapshot: Snapshot, now: float) -> Decision:
     """Decide about one request at `now`, seconds since the Unix epoch."""
-    path = RequestPath(path_without_query(attributes.path))
+    path = RequestPath(attributes.path)
     if not attributes.method or not (path.text.startswith("/") or path.text == "*"):
         return Denied(Reason.BAD_REQUEST)
-    query_length = len(attributes.path) - len(path.text) - 1
-    if is_too_long(path.text) or query_length > MAX_QUERY_LENGTH:
+    if path.is_too_long() or len(path.query) > MAX_QUERY_LENGTH:
         return Denied(Reason.REQUEST_TOO_LARGE)
 
     address = client_address(attributes, snapshot)
@@ -81,18 +83,20 @@ def decide(attributes: RequestAttributes, snapshot: Snapshot, now: float) -> Dec
     if problem:
         return Denied(problem, address)
 
-    scopes = tuple(
-        judge(scope, snapshot.tables, address, now) for scope in _applying(attributes, path, tenant_id, snapshot)
-    )
-    for reason in (Reason.BLOCKED, Reason.NOT_ALLOWLISTED):
-        if _deciding(reason, scopes):
-            return Denied(reason, address, tenant_id, scopes)
+    # Each scope applies without a record too, open and enforced: else its own lists would be ignored unseen.
+    outcomes = [judge(snapshot.global_scope, snapshot.tables, address, now)]
+    if tenant_id is not None:
+        outcomes.append(_judge_tenant(tenant_id, snapshot, address, now))
+    outcomes += [judge(scope, snapshot.tables, address, now) for scope in _guarding(attributes.host, path, snapshot)]
+    scopes = tuple(outcomes)
+    reason = _over_all(scopes)
+    if reason in _DENYING:
+        return Denied(reason, address, tenant_id, scopes)
 
-    allowed = Reason.ALLOWLISTED if _deciding(Reason.ALLOWLISTED, scopes) else Reason.ALLOWED
     instance, affinity, problem = _find_instance(tenant_id, snapshot)
     if problem:
         return Denied(problem, address, tenant_id, scopes)
-    return Allowed(allowed, address, tenant_id, instance, affinity, scopes)
+    return Allowed(reason, address, tenant_id, instance, affinity, scopes)
 
 
 def client_address(attributes: RequestAttributes, snapshot: Snapshot) -> Address | Reason:
@@ -122,25 +126,38 @@ def client_address(attributes: RequestAttributes, snapshot: Snapshot) -> Address
         return Reason.INVALID_CLIENT_ADDRESS
 
 
-def _applying(
-    attributes: RequestAttributes, path: RequestPath, tenant_id: str | None, snapshot: Snapshot
-) -> list[Scope]:
-    """Return the scopes that apply: global, the tenant's, the resources' by name.
+def _judge_tenant(tenant_id: str, snapshot: Snapshot, address: Address, now: float) -> ScopeOutcome:
+    name = tenant_scope(tenant_id)
+    scope = snapshot.scopes.get(name)
+    if scope is None:
+        return judge_without_record(name, snapshot.tables, address, now)
+    return judge(scope, snapshot.tables, address, now)
 
-    Each applies without a record too, open and enforced: else what is in its own lists would be ignored unseen.
-    """
-    applying = [snapshot.global_scope]
-    if tenant_id is not None:
-        name = tenant_scope(tenant_id)
-        applying.append(snapshot.scopes.get(name) or Scope(name))
-    if snapshot.guarded_resources:
-        host = normalize_host(attributes.host)
-        for guarded in snapshot.guarded_resources:
-            if guarded.resource.is_on(host) and guarded.resource.holds(
-                path.readings(fold_case=snapshot.options.fold_path_case)
-            ):
-                applying.append(guarded.scope)
-    return applying
+
+def _guarding(host: str, path: RequestPath, snapshot: Snapshot) -> list[Scope]:
+    """Return the scopes of the resources that a request may be for, by name."""
+    if not snapshot.guarded_resources:
+        return []
+    host = normalize_host(host)
+    return [
+        guarded.scope
+        for guarded in snapshot.guarded_resources
+        if guarded.resource.is_on(host)
+        and guarded.resource.holds(path.readings(fold_case=snapshot.options.fold_path_case))
+    ]
+
+
+def _over_all(scopes: tuple[ScopeOutcome, ...]) -> Reason:
+    """Return what all scopes together say: each enforced one must agree, and those in shadow have no say."""
+    said = [
+        outcome.reason
+        for outcome in scopes
+        if outcome.reason is not _ALLOWED and outcome.enforcement is Enforcement.ENFORCE
+    ]
+    for reason in _DENYING:
+        if reason in said:
+            return reason
+    return Reason.ALLOWLISTED if said else _ALLOWED
 
 
 def _find_instance(tenant_id: str | None, snapshot: Snapshot) -> tuple[str | None, Affinity, Reason | None]:

@@ -23,8 +23,6 @@ MAX_TWICE_ESCAPED_PATH_LENGTH = 512
 """The same for a path with an escaped `%`: it has up to three times as many. Slow answers are a way past the policy
 too, where Envoy fails open, so no path may take more than some milliseconds."""
 
-_ODD = re.compile(r"[%\\;#\0]|//|/\.")
-"""What a path must contain for two backends to read it differently (letter case apart)."""
 _ESCAPED_PERCENT = "%25"
 _ENCODED_SLASH = re.compile(r"%2f", re.IGNORECASE)
 _END = re.compile(r"[?#\0]")
@@ -62,7 +60,7 @@ def parse_path_pattern(text: str) -> PathPattern:
         raise ValueError(f"{text!r} is not a path pattern: it has empty segments ('//')")
     segments = tuple(segment for segment in text.split("/") if segment)
     for segment in segments:
-        if segment in (".", "..") or _ODD.search(segment) or "?" in segment:
+        if segment in (".", "..") or is_odd(segment) or "?" in segment:
             raise ValueError(
                 f"{text!r} is not a path pattern: write the segment {segment!r} plainly, "
                 "without dots, escapes, '\\', ';', '?' or '#'"
@@ -88,21 +86,12 @@ def fold_text(text: str) -> str:
     return text.upper().casefold().replace("i\u0307", "i")
 
 
-def path_without_query(path: str) -> str:
-    """Return the path up to its query string."""
-    return path.partition("?")[0]
-
-
 def is_odd(path: str) -> bool:
-    """Tell whether a path (without query) can be read in more than one way, letter case apart."""
-    return _ODD.search(path) is not None
+    """Tell whether a path (without query) can be read in more than one way, letter case apart.
 
-
-def is_too_long(path: str) -> bool:
-    """Tell whether a path (without query) is longer than this server reads, given how odd it is."""
-    if not is_odd(path):
-        return len(path) > MAX_PATH_LENGTH
-    return len(path) > (MAX_TWICE_ESCAPED_PATH_LENGTH if _ESCAPED_PERCENT in path else MAX_ODD_PATH_LENGTH)
+    For that it must hold one of these; searching for each is three times as fast as one regular expression is.
+    """
+    return "%" in path or "//" in path or "/." in path or "\\" in path or ";" in path or "#" in path or "\0" in path
 
 
 def read_path(path: str, *, fold_case: bool) -> frozenset[str]:
@@ -135,14 +124,24 @@ def read_path(path: str, *, fold_case: bool) -> frozenset[str]:
 
 
 class RequestPath:
-    """The path of one request (without query) and its readings: made only when something asks for them, and kept."""
+    """The path of one request and its readings: made only when something asks for them, and kept."""
 
-    __slots__ = ("_exact", "_folded", "text")
+    __slots__ = ("_exact", "_folded", "query", "text")
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    def __init__(self, path: str) -> None:
+        self.text, _, self.query = path.partition("?")
+        """The path up to its query string, and that without the question mark."""
         self._exact: frozenset[str] | None = None
         self._folded: frozenset[str] | None = None
+
+    def is_too_long(self) -> bool:
+        """Tell whether the path (without query) is longer than this server reads, given how odd it is."""
+        path = self.text
+        if len(path) <= MAX_TWICE_ESCAPED_PATH_LENGTH:
+            return False
+        if not is_odd(path):
+            return len(path) > MAX_PATH_LENGTH
+        return _ESCAPED_PERCENT in path or len(path) > MAX_ODD_PATH_LENGTH
 
     def readings(self, *, fold_case: bool) -> frozenset[str]:
         """Return what `read_path` returns."""

@@ -5,9 +5,10 @@ whoever could make us route by one name and the backend act on another would be 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from urllib.parse import unquote_plus, unquote_to_bytes
 
 from authz_server.policy.access import normalize_host
@@ -25,6 +26,10 @@ _NOT_IN_QUERY_NAMES = re.compile(r"[\s&;=#?+%\0]")
 _AMPERSAND = re.compile("&")
 _QUERY_SEPARATOR = re.compile("[&;]")
 _ENCODED_SEPARATOR = re.compile(r"%(?:26|3b|3d)", re.IGNORECASE)
+_TELLING_ESCAPE = re.compile(r"%(?:25|3[0-9f]|[4-7][0-9a-f]|[89a-f])", re.IGNORECASE)
+"""Escapes of `%`, `?`, digits, letters, and what is not ASCII: without them, decoding makes no name and no query that
+was not there, nor an escape that a second decoding would find."""
+_PLAIN_RUN = re.compile(r"[a-z0-9]*")
 
 
 class SourceKind(StrEnum):
@@ -108,7 +113,9 @@ def name_tenant(
     attributes: RequestAttributes, path: RequestPath, sources: tuple[TenantSource, ...]
 ) -> tuple[str | None, Reason | None]:
     """Return (tenant id, None), (None, None) when no tenant is named, or (None, the reason to deny)."""
-    named = {text for source in sources for text in _read(source, attributes, path)}
+    named: set[str] = set()
+    for source in sources:
+        named.update(_READERS[source.kind](source.name, attributes, path))
     if not named:
         return None, None
     if len(named) > 1:
@@ -117,34 +124,70 @@ def name_tenant(
     return (text, None) if is_identifier(text) else (None, Reason.INVALID_TENANT)
 
 
-def _read(source: TenantSource, attributes: RequestAttributes, path: RequestPath) -> Iterator[str]:
-    match source.kind:
-        case SourceKind.HEADER:
-            value = attributes.headers.get(source.name)
-            if value is not None and len(value) > _MAX_HEADER_LENGTH:
-                yield value  # as it is: no tenant id
-            elif value is not None:
-                # Repeated headers arrive joined by a comma, so this splits what may be two. Equal ones agree.
-                yield from (part.strip(" \t") for part in value.split(","))
-        case SourceKind.QUERY:
-            yield from _query_values(attributes.path.partition("?")[2], source.name)
-            for query in _queries_inside(path.text):
-                yield from _query_values(query, source.name)
-        case SourceKind.HOST:
-            label, dot, domain = normalize_host(attributes.host).partition(".")
-            if dot and domain == source.name[len(_PLACEHOLDER) + 1 :]:
-                yield label
-        case SourceKind.PATH:
-            pattern = tuple(source.name.strip("/").split("/"))
-            yield from _path_values(pattern, path.readings(fold_case=False))
+def _from_header(name: str, attributes: RequestAttributes, _path: RequestPath) -> Iterable[str]:
+    value = attributes.headers.get(name)
+    if value is None:
+        return ()
+    if len(value) > _MAX_HEADER_LENGTH:
+        return (value,)  # as it is: no tenant id
+    # Repeated headers arrive joined by a comma, so this splits what may be two. Equal ones agree.
+    return [part.strip(" \t") for part in value.split(",")]
+
+
+def _from_query(name: str, _attributes: RequestAttributes, path: RequestPath) -> Iterable[str]:
+    values: list[str] = []
+    for query in (path.query, *_queries_inside(path.text)):
+        if _may_name(query, name):
+            values += _query_values(query, name)
+    return values
+
+
+def _from_host(pattern: str, attributes: RequestAttributes, _path: RequestPath) -> Iterable[str]:
+    label, dot, domain = normalize_host(attributes.host).partition(".")
+    return (label,) if dot and domain == pattern[len(_PLACEHOLDER) + 1 :] else ()
+
+
+def _from_path(pattern: str, _attributes: RequestAttributes, path: RequestPath) -> Iterable[str]:
+    return _path_values(tuple(pattern.strip("/").split("/")), path.readings(fold_case=False))
+
+
+_READERS: Mapping[SourceKind, Callable[[str, RequestAttributes, RequestPath], Iterable[str]]] = {
+    SourceKind.HEADER: _from_header,
+    SourceKind.QUERY: _from_query,
+    SourceKind.HOST: _from_host,
+    SourceKind.PATH: _from_path,
+}
+"""How to read each kind of source: given its name, the values that it names, equal ones perhaps more than once."""
 
 
 def _queries_inside(path: str) -> set[str]:
     """Return the queries that a backend finds in a path (without query) that it has decoded once or twice."""
-    if "%" not in path:
+    if "%" not in path or not _TELLING_ESCAPE.search(path):
         return set()
     once = _decoded(path)
     return {query for text in (once, _decoded(once)) for _, mark, query in (text.partition("?"),) if mark}
+
+
+def _may_name(query: str, name: str) -> bool:
+    """Tell whether `_query_values` can yield anything; it is sure only when it says no, and that is soon said.
+
+    What a backend makes of a query's names changes letters and digits only by decoding them and by letter case. So
+    where nothing decodes to one, the letters of the wanted name stand in the query as they are, or it is not there.
+    """
+    if not query:
+        return False
+    return (
+        _longest_plain_run(name) in query.lower()
+        or not query.isascii()
+        or ("%" in query and _TELLING_ESCAPE.search(query) is not None)
+    )
+
+
+@lru_cache(maxsize=64)
+def _longest_plain_run(name: str) -> str:
+    """Return the longest run of letters and digits in a parameter's name from the settings; empty when it has none."""
+    runs: list[str] = _PLAIN_RUN.findall(fold_text(name))
+    return max(runs, key=len)
 
 
 def _query_values(query: str, name: str) -> Iterator[str]:

@@ -82,7 +82,8 @@ FAULTS = {
     "suffix-host-without-dot": ("access", "host.endswith(pattern[1:])", "host.endswith(pattern[2:])"),
     "mapped-addresses-stay-mapped": ("addresses", "if value >> 32 == 0xFFFF:", "if value >> 32 == -1:"),
     "trusted-network-one-bit-too-wide": ("addresses", ">> shift == 0", ">> shift <= 1"),
-    "shadow-denies": (
+    "shadow-denies": ("decision", "and outcome.enforcement is Enforcement.ENFORCE\n    ]", "\n    ]"),
+    "shadow-named-as-deciding": (
         "decision",
         "if outcome.reason is reason and outcome.enforcement is Enforcement.ENFORCE:",
         "if outcome.reason is reason:",
@@ -94,13 +95,13 @@ FAULTS = {
     ),
     "global-allow-opens-restricted-resource": (
         "decision",
-        "        if _deciding(reason, scopes):\n",
-        "        if _deciding(reason, scopes) and (reason, scopes[0].reason) != ('not_allowlisted', 'allowlisted'):\n",
+        "        if reason in said:\n",
+        "        if reason in said and (reason, scopes[0].reason) != ('not_allowlisted', 'allowlisted'):\n",
     ),
     "blocked-in-the-first-scope-only": (
         "decision",
-        "        if _deciding(reason, scopes):\n",
-        "        if _deciding(reason, scopes[:1] if reason is Reason.BLOCKED else scopes):\n",
+        "        if reason in said:\n",
+        "        if reason in (said if reason is Reason.NOT_ALLOWLISTED else [scopes[0].reason]):\n",
     ),
     "not-allowlisted-before-blocked": (
         "decision",
@@ -129,15 +130,16 @@ FAULTS = {
     "tenant-scope-ignored": ("decision", "if tenant_id is not None:", "if tenant_id == '':"),
     "tenant-scope-without-a-record-ignored": (
         "decision",
-        "        applying.append(snapshot.scopes.get(name) or Scope(name))\n",
-        "        applying += [snapshot.scopes[name]] if name in snapshot.scopes else []\n",
+        "outcomes.append(_judge_tenant(tenant_id, snapshot, address, now))",
+        "outcomes += [_judge_tenant(tenant_id, snapshot, address, now)] * (f'tenant:{tenant_id}' in snapshot.scopes)",
     ),
+    "lists-of-tenants-without-a-record-ignored": ("access", "if own_list(scope_name, _ALLOW) in tables or", "if"),
     "allowed-by-a-scope": ("decision", "if reason is Reason.ALLOWED:", "if reason is None:"),
     "letter-case-never-folded": ("decision", "fold_case=snapshot.options.fold_path_case", "fold_case=False"),
     "letter-case-always-folded": ("decision", "fold_case=snapshot.options.fold_path_case", "fold_case=True"),
-    "long-path-accepted": ("paths", "len(path) > MAX_PATH_LENGTH", "len(path) > MAX_PATH_LENGTH + 1"),
-    "long-odd-path-accepted": ("paths", "else MAX_ODD_PATH_LENGTH)", "else MAX_PATH_LENGTH)"),
-    "long-twice-escaped-path-accepted": ("paths", "if _ESCAPED_PERCENT in path", "if not path"),
+    "long-path-accepted": ("paths", "return len(path) > MAX_PATH_LENGTH", "return len(path) > MAX_PATH_LENGTH + 1"),
+    "long-odd-path-accepted": ("paths", "or len(path) > MAX_ODD_PATH_LENGTH", "or len(path) > MAX_PATH_LENGTH"),
+    "long-twice-escaped-path-accepted": ("paths", "_ESCAPED_PERCENT in path or", ""),
     "long-query-accepted": ("decision", "> MAX_QUERY_LENGTH", "> MAX_QUERY_LENGTH + 1"),
     "first-of-two-tenants-taken": (
         "tenant",
@@ -164,7 +166,11 @@ FAULTS = {
         '_ENCODED_SEPARATOR.sub("\\ufffd", query)',
         '_ENCODED_SEPARATOR.sub("", query)',
     ),
-    "query-inside-the-path-missed": ("tenant", "in _queries_inside(path.text):", "in ():"),
+    "query-inside-the-path-missed": ("tenant", "*_queries_inside(path.text)):", "):"),
+    "query-inside-the-path-missed-without-a-telling-escape": ("tenant", "3[0-9f]", "3[0-9]"),
+    "escaped-digits-and-letters-of-a-query-taken-for-none": ("tenant", "|3[0-9f]|[4-7][0-9a-f]|[89a-f]", "|3f"),
+    "twice-escaped-letters-of-a-query-taken-for-none": ("tenant", "%(?:25|", "%(?:"),
+    "letters-of-a-query-searched-with-case": ("tenant", "in query.lower()", "in query"),
     "query-inside-the-path-only-decoded-once": ("tenant", "in (once, _decoded(once))", "in (once,)"),
     "literals-of-tenant-paths-with-case": (
         "tenant",

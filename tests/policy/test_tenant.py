@@ -1,7 +1,10 @@
 """How a request names its tenant, and when it names two."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from authz_server.policy import tenant as tenant_module
 from authz_server.policy.attributes import RequestAttributes
 from authz_server.policy.paths import RequestPath
 from authz_server.policy.tenant import SourceKind, TenantSource, name_tenant, parse_tenant_source
@@ -14,8 +17,7 @@ def named(
 ) -> tuple[str | None, str | None]:
     headers = {} if header is None else {"x-tenant-id": header}
     attributes = RequestAttributes("GET", host, path, headers=headers)
-    request_path = RequestPath(path.partition("?")[0])
-    return name_tenant(attributes, request_path, tuple(parse_tenant_source(source) for source in sources))
+    return name_tenant(attributes, RequestPath(path), tuple(parse_tenant_source(source) for source in sources))
 
 
 NOBODY = {
@@ -193,3 +195,44 @@ def test_other_sources_are_refused_with_the_text(text: str, advice: str) -> None
         parse_tenant_source(text)
     assert advice in str(caught.value)
     assert str(caught.value).startswith(repr(text))
+
+
+QUERY_PIECES = (
+    *("tenant_id", "TENANT", "tenant", "_id", ".", "[", "]", "=", "&", ";", "+", " ", "%", "%25", "2", "5", "4", "7"),
+    *("%74", "%54", "%2574", "%20", "%5f", "%5B", "%26", "%3d", "%3F", "?", "acme", "id", "a", "\u0131d", "\u0130D"),
+    *("%c4%b1", "\u017f", "\u212a", "K", "%", "0", "%30", "%0", "x", "_"),
+)
+pieces_joined = st.lists(st.sampled_from(QUERY_PIECES), max_size=8).map("".join)
+parameter_names = st.sampled_from(["tenant_id", "Tenant.Key", "t", "k", "_", "id", "t0_x[y]", "\u017fid", "\u0131"])
+
+
+@settings(max_examples=3000, deadline=None)
+@given(pieces_joined, parameter_names)
+def test_no_query_that_names_a_tenant_is_passed_over_unread(query: str, name: str) -> None:
+    """The quick look only spares the reading of queries in which there is nothing to read."""
+    if list(tenant_module._query_values(query, name)):
+        assert tenant_module._may_name(query, name)
+
+
+@settings(max_examples=3000, deadline=None)
+@given(pieces_joined)
+def test_no_path_that_decodes_to_a_query_is_passed_over(path: str) -> None:
+    path = path.replace("?", "")
+    once = tenant_module._decoded(path)
+    found = {text.partition("?")[2] for text in (once, tenant_module._decoded(once)) if "?" in text}
+    assert tenant_module._queries_inside(path) == found
+
+
+@pytest.mark.parametrize(
+    ("query", "name", "may"),
+    [
+        ("page=3&sort=name", "tenant_id", False),
+        ("q=red%20shoes%26more", "tenant_id", False),
+        ("tenant=1", "tenant_id", True),
+        ("q=caf%C3%A9", "tenant_id", True),
+        ("", "_", False),
+        ("a", "_", True),
+    ],
+)
+def test_queries_of_which_one_look_says_that_no_tenant_is_named(query: str, name: str, may: bool) -> None:
+    assert tenant_module._may_name(query, name) is may
