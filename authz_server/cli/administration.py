@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
+from authz_server.cli.acknowledgement import Acknowledgement
 from authz_server.cli.changes import (
     Effect,
     Known,
@@ -32,6 +33,7 @@ from authz_server.store.interface import (
     Event,
     EventRecord,
     NotInitialisedError,
+    Position,
     Store,
     StoredRecord,
     StoreUnavailableError,
@@ -65,8 +67,7 @@ class Done:
 
     action: str
     order: Order
-    epoch: str
-    revision: int
+    position: Position
     """Of the change; where nothing was to be done, of the policy that was read."""
     steps: tuple[Step, ...]
     changed: bool
@@ -74,6 +75,8 @@ class Done:
     repeated: bool = False
     """Whether this change id had been applied before, so that nothing was written now."""
     notes: tuple[str, ...] = ()
+    acknowledgement: Acknowledgement | None = None
+    """Which servers have it, when that was waited for."""
 
 
 async def first_look(store: Store) -> None:
@@ -140,7 +143,7 @@ async def carry_out(
         tables = (await load_snapshot(store, DecisionOptions())).tables
         plan = closing_concerns(plan, tables, order.now)
     if not plan.writes:
-        return Done(wish.action, order, position.epoch, position.revision, plan.steps, changed=False, notes=plan.notes)
+        return Done(wish.action, order, position, plan.steps, changed=False, notes=plan.notes)
     if plan.concerns:
         confirm(plan.concerns)
     change = Change(order.change_id, position.epoch, order.actor, order.reason, wish.action, plan.writes, plan.checks)
@@ -216,8 +219,7 @@ def _done(action: str, order: Order, result: WriteResult, plan: Plan) -> Done:
     return Done(
         action,
         order,
-        result.position.epoch,
-        result.position.revision,
+        result.position,
         plan.steps,
         changed=True,
         repeated=result.repeated,
@@ -227,7 +229,7 @@ def _done(action: str, order: Order, result: WriteResult, plan: Plan) -> Done:
 
 def _repeated(order: Order, event: Event) -> Done:
     steps = tuple(Step(record.key, _effect(record), record.record) for record in event.records)
-    return Done(event.action, order, event.position.epoch, event.position.revision, steps, changed=True, repeated=True)
+    return Done(event.action, order, event.position, steps, changed=True, repeated=True)
 
 
 def _effect(record: EventRecord) -> Effect:
