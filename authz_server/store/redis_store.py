@@ -7,9 +7,8 @@ Keys, all under one hash tag so that a script may touch them together in a clust
     {authz}:lists, :scopes ...  hash    a collection (see `keys`): field -> JSON
     {authz}:changes             stream  one event for each revision N, under the id N-0
     {authz}:change:<change id>  string  the result of a change, kept for a day
-    {authz}:replicas            hash    server -> what it has applied, and when (the only key that servers write to)
-
     {authz}:changes:until:...   stream  events that a confirmed incident set aside
+    {authz}:replicas            hash    server -> what it has applied, and when (the only key that servers write to)
 
 Every write is one script that compares before it sets. redis-py sends a command again when the connection broke
 before the reply; the change id makes that harmless. No command works on more than some thousand records.
