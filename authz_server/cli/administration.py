@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
-from authz_server.cli.acknowledgement import Acknowledgement
 from authz_server.cli.changes import (
     Effect,
     Known,
@@ -26,6 +25,7 @@ from authz_server.cli.failures import (
 from authz_server.policy.records import RecordKey
 from authz_server.policy.snapshot import DecisionOptions, Snapshot, build_snapshot
 from authz_server.store.interface import (
+    AlreadyInitialisedError,
     Change,
     ChangeIdUsedError,
     ConflictError,
@@ -33,7 +33,6 @@ from authz_server.store.interface import (
     Event,
     EventRecord,
     NotInitialisedError,
-    Position,
     Store,
     StoredRecord,
     StoreUnavailableError,
@@ -67,7 +66,8 @@ class Done:
 
     action: str
     order: Order
-    position: Position
+    epoch: str
+    revision: int
     """Of the change; where nothing was to be done, of the policy that was read."""
     steps: tuple[Step, ...]
     changed: bool
@@ -75,8 +75,6 @@ class Done:
     repeated: bool = False
     """Whether this change id had been applied before, so that nothing was written now."""
     notes: tuple[str, ...] = ()
-    acknowledgement: Acknowledgement | None = None
-    """Which servers have it, when that was waited for."""
 
 
 async def first_look(store: Store) -> None:
@@ -95,10 +93,16 @@ async def first_look(store: Store) -> None:
         ) from error
 
 
-async def initialise(store: Store, order: Order) -> Done:
-    """Create an empty policy (AlreadyInitialisedError: there is one)."""
-    async with _outcome_told(order.change_id):
-        result = await store.init(actor=order.actor, reason=order.reason, change_id=order.change_id)
+async def initialise(store: Store, order: Order, *, if_missing: bool = False) -> Done:
+    """Create an empty policy (AlreadyInitialisedError: there is one, unless that is fine: `if_missing`)."""
+    try:
+        async with _outcome_told(order.change_id):
+            result = await store.init(actor=order.actor, reason=order.reason, change_id=order.change_id)
+    except AlreadyInitialisedError:
+        if not if_missing:
+            raise
+        position = await store.position()
+        return Done("init", order, position.epoch, position.revision, (), changed=False)
     return _done("init", order, result, Plan((), ()))
 
 
@@ -143,7 +147,7 @@ async def carry_out(
         tables = (await load_snapshot(store, DecisionOptions())).tables
         plan = closing_concerns(plan, tables, order.now)
     if not plan.writes:
-        return Done(wish.action, order, position, plan.steps, changed=False, notes=plan.notes)
+        return Done(wish.action, order, position.epoch, position.revision, plan.steps, changed=False, notes=plan.notes)
     if plan.concerns:
         confirm(plan.concerns)
     change = Change(order.change_id, position.epoch, order.actor, order.reason, wish.action, plan.writes, plan.checks)
@@ -219,7 +223,8 @@ def _done(action: str, order: Order, result: WriteResult, plan: Plan) -> Done:
     return Done(
         action,
         order,
-        result.position,
+        result.position.epoch,
+        result.position.revision,
         plan.steps,
         changed=True,
         repeated=result.repeated,
@@ -229,7 +234,7 @@ def _done(action: str, order: Order, result: WriteResult, plan: Plan) -> Done:
 
 def _repeated(order: Order, event: Event) -> Done:
     steps = tuple(Step(record.key, _effect(record), record.record) for record in event.records)
-    return Done(event.action, order, event.position, steps, changed=True, repeated=True)
+    return Done(event.action, order, event.position.epoch, event.position.revision, steps, changed=True, repeated=True)
 
 
 def _effect(record: EventRecord) -> Effect:

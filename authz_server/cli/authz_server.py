@@ -12,6 +12,7 @@ from authz_server.logs import set_up_logging
 from authz_server.settings import CONFIG_VARIABLE, Settings, SettingsError, load_settings
 from authz_server.store.redis_store import RedisStore
 
+EXIT_NOT_SERVING = 1
 EXIT_BAD_SETTINGS = 2
 
 app = typer.Typer(
@@ -80,6 +81,35 @@ def print_config(config: ConfigOption = None) -> None:
     settings = _load(config)
     for name, (value, origin) in settings.shown().items():
         typer.echo(f"{name}: {json.dumps(value, ensure_ascii=False)}  # {origin}")  # JSON is YAML
+
+
+@app.command("probe")
+def probe_server(
+    *,
+    target: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Where the server's gRPC port is.")],
+    client_address: Annotated[
+        str, typer.Option(help="The client that the check is about; the default is of a network for documentation.")
+    ] = "192.0.2.1",
+    tls_ca: Annotated[Path | None, typer.Option(help="PEM file of the server's authorities: asks by TLS.")] = None,
+    tls_certificate: Annotated[Path | None, typer.Option(help="PEM file of an own certificate (mutual TLS).")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file of that certificate's key.")] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, max=3600, help="Seconds for each of the two questions.")] = 10.0,
+) -> None:
+    """Ask a server as a gateway does: whether it is ready, and for one decision. Reads no settings.
+
+    Exit codes: 0 it decided, allowed or denied; 1 it did not; 2 bad usage.
+    """
+    from authz_server.ext_authz.probe import ClientTlsFiles, ProbeError, probe  # noqa: PLC0415 - gRPC imports slowly
+
+    if (tls_certificate is None) != (tls_key is None) or (tls_certificate and not tls_ca):
+        raise typer.BadParameter("--tls-certificate, --tls-key and --tls-ca go together")
+    tls = ClientTlsFiles(tls_ca, tls_certificate, tls_key) if tls_ca else None
+    try:
+        probed = asyncio.run(probe(target, client_address=client_address, tls=tls, timeout_seconds=timeout))
+    except ProbeError as error:
+        typer.secho(f"{target}: {error}", err=True, fg=typer.colors.RED)
+        raise typer.Exit(EXIT_NOT_SERVING) from None
+    typer.echo(f"{target}: ready; {client_address} is {'allowed' if probed.allowed else 'denied'} ({probed.reason})")
 
 
 def _load(config: Path | None) -> Settings:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -32,7 +33,6 @@ from authz_server.cli.output import (
     print_table,
     record_json,
 )
-from authz_server.cli.replica import replica_app
 from authz_server.cli.session import (
     NAME,
     Actor,
@@ -46,7 +46,6 @@ from authz_server.cli.session import (
     RedisUrl,
     Replace,
     ScopeName,
-    Wait,
     Yes,
     group_of,
     load,
@@ -85,25 +84,18 @@ scope_app = group_of("What a scope does with addresses: global, tenant:ID or res
 def init(
     *,
     reason: Reason,
+    if_missing: Annotated[bool, typer.Option("--if-missing", help="Exit code 0 also when a policy is there.")] = False,
     actor: Actor = None,
     change_id: ChangeId = None,
-    wait: Wait = None,
     output: Output = OutputFormat.TABLE,
     redis_url: RedisUrl = None,
     config: Config = None,
 ) -> None:
     """Create an empty policy; one that is there already is left as it is (exit code 1)."""
     with writing(
-        reason=reason,
-        actor=actor,
-        change_id=change_id,
-        wait=wait,
-        yes=False,
-        output=output,
-        redis_url=redis_url,
-        config=config,
+        reason=reason, actor=actor, change_id=change_id, yes=False, output=output, redis_url=redis_url, config=config
     ) as writer:
-        writer.tell(initialise)
+        writer.tell(partial(initialise, if_missing=if_missing))
 
 
 def _side_group(side: Side) -> typer.Typer:
@@ -125,21 +117,13 @@ def _side_group(side: Side) -> typer.Typer:
         replace: Replace = False,
         actor: Actor = None,
         change_id: ChangeId = None,
-        wait: Wait = None,
         yes: Yes = False,
         output: Output = OutputFormat.TABLE,
         redis_url: RedisUrl = None,
         config: Config = None,
     ) -> None:
         with writing(
-            reason=reason,
-            actor=actor,
-            change_id=change_id,
-            wait=wait,
-            yes=yes,
-            output=output,
-            redis_url=redis_url,
-            config=config,
+            reason=reason, actor=actor, change_id=change_id, yes=yes, output=output, redis_url=redis_url, config=config
         ) as writer:
             entries = writer.entries(networks, expires, owner)
             scope_name = writer.reader.read(parse_scope_name, scope) or ""
@@ -153,7 +137,6 @@ def _side_group(side: Side) -> typer.Typer:
         scope: ScopeName = "global",
         actor: Actor = None,
         change_id: ChangeId = None,
-        wait: Wait = None,
         output: Output = OutputFormat.TABLE,
         redis_url: RedisUrl = None,
         config: Config = None,
@@ -162,7 +145,6 @@ def _side_group(side: Side) -> typer.Typer:
             reason=reason,
             actor=actor,
             change_id=change_id,
-            wait=wait,
             yes=False,
             output=output,
             redis_url=redis_url,
@@ -215,7 +197,6 @@ def list_add(
     replace: Replace = False,
     actor: Actor = None,
     change_id: ChangeId = None,
-    wait: Wait = None,
     yes: Yes = False,
     output: Output = OutputFormat.TABLE,
     redis_url: RedisUrl = None,
@@ -226,14 +207,7 @@ def list_add(
     --owner is of the networks if there are any, and else of the list.
     """
     with writing(
-        reason=reason,
-        actor=actor,
-        change_id=change_id,
-        wait=wait,
-        yes=yes,
-        output=output,
-        redis_url=redis_url,
-        config=config,
+        reason=reason, actor=actor, change_id=change_id, yes=yes, output=output, redis_url=redis_url, config=config
     ) as writer:
         list_name = writer.reader.read(inputs.named("a list"), name) or ""
         entries = writer.entries(networks or (), expires, owner)
@@ -252,21 +226,13 @@ def list_remove(
     reason: Reason,
     actor: Actor = None,
     change_id: ChangeId = None,
-    wait: Wait = None,
     output: Output = OutputFormat.TABLE,
     redis_url: RedisUrl = None,
     config: Config = None,
 ) -> None:
     """Take networks out of a named list; the list stays."""
     with writing(
-        reason=reason,
-        actor=actor,
-        change_id=change_id,
-        wait=wait,
-        yes=False,
-        output=output,
-        redis_url=redis_url,
-        config=config,
+        reason=reason, actor=actor, change_id=change_id, yes=False, output=output, redis_url=redis_url, config=config
     ) as writer:
         list_name = writer.reader.read(inputs.named("a list"), name) or ""
         writer.wish(RemoveFromList(list_name, inputs.networks(writer.reader, networks)))
@@ -311,21 +277,13 @@ def resource_add(
     replace: Replace = False,
     actor: Actor = None,
     change_id: ChangeId = None,
-    wait: Wait = None,
     output: Output = OutputFormat.TABLE,
     redis_url: RedisUrl = None,
     config: Config = None,
 ) -> None:
     """Register a part of the site; its scope is resource:NAME. --restricted closes it in the same change."""
     with writing(
-        reason=reason,
-        actor=actor,
-        change_id=change_id,
-        wait=wait,
-        yes=False,
-        output=output,
-        redis_url=redis_url,
-        config=config,
+        reason=reason, actor=actor, change_id=change_id, yes=False, output=output, redis_url=redis_url, config=config
     ) as writer:
         reader = writer.reader
         resource = Resource(
@@ -358,7 +316,6 @@ def scope_set(
     no_block_lists: Annotated[bool, typer.Option("--no-block-lists", help="Block no named list any more.")] = False,
     actor: Actor = None,
     change_id: ChangeId = None,
-    wait: Wait = None,
     yes: Yes = False,
     output: Output = OutputFormat.TABLE,
     redis_url: RedisUrl = None,
@@ -366,14 +323,7 @@ def scope_set(
 ) -> None:
     """Set what a scope does. What is not given stays as it is."""
     with writing(
-        reason=reason,
-        actor=actor,
-        change_id=change_id,
-        wait=wait,
-        yes=yes,
-        output=output,
-        redis_url=redis_url,
-        config=config,
+        reason=reason, actor=actor, change_id=change_id, yes=yes, output=output, redis_url=redis_url, config=config
     ) as writer:
         reader = writer.reader
         scope_name = reader.read(parse_scope_name, scope) or ""
@@ -432,7 +382,6 @@ app.add_typer(instance_app, name="instance")
 app.add_typer(affinity_app, name="affinity")
 app.add_typer(resource_app, name="resource")
 app.add_typer(scope_app, name="scope")
-app.add_typer(replica_app, name="replica")
 
 
 async def _load_lists(store: Store) -> tuple[Snapshot, dict[str, int]]:

@@ -5,10 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 import yaml
+from support.process import ServerProcess, init_policy
 from typer.testing import CliRunner
 
 from authz_server.cli.authz_server import app
+from authz_server.demo.processes import free_port
+from authz_server.demo.valkey import Valkey
 from authz_server.settings import Settings
 
 
@@ -24,7 +28,8 @@ def run(*words: str, **environ: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["serve", "--help"], ["check-config", "--help"], ["print-config", "--help"]]
+    "words",
+    [["--help"], ["serve", "--help"], ["check-config", "--help"], ["print-config", "--help"], ["probe", "--help"]],
 )
 def test_help(words: list[str]) -> None:
     result = run(*words)
@@ -117,3 +122,58 @@ def test_bad_settings_are_no_traceback(command: str) -> None:
     assert result.exit_code == 2
     assert result.stderr.startswith("AUTHZ_LISTEN: 'x' is not where to listen")
     assert isinstance(result.exception, SystemExit)
+
+
+class TestProbe:
+    def test_halves_of_mutual_tls(self) -> None:
+        result = run("probe", "127.0.0.1:1", "--tls-ca", "ca", "--tls-key", "key")
+        assert result.exit_code == 2
+        assert "go together" in result.output
+
+    def test_a_file_that_is_not_there(self) -> None:
+        result = run("probe", "127.0.0.1:1", "--tls-ca", "/nowhere.pem")
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert "'/nowhere.pem' cannot be read: No such file or directory" in result.stderr
+
+    @pytest.mark.integration
+    def test_nobody_listens(self) -> None:
+        result = run("probe", f"127.0.0.1:{free_port()}", "--timeout", "0.2")
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert "DEADLINE_EXCEEDED" in result.stderr or "UNAVAILABLE" in result.stderr
+
+    @pytest.mark.integration
+    def test_a_server_before_and_after_it_has_a_policy(self, own_valkey: Valkey, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path, {"AUTHZ_REDIS_URL": own_valkey.url}) as server:
+            result = run("probe", server.grpc)
+            assert (result.exit_code, "not ready" in result.stderr) == (1, True)
+            init_policy(own_valkey.url)
+            server.wait_ready()
+            result = run("probe", server.grpc)
+            assert (result.exit_code, result.stdout) == (0, f"{server.grpc}: ready; 192.0.2.1 is allowed (allowed)\n")
+            result = run("probe", server.grpc, "--client-address", "nobody")
+            assert (result.exit_code, "denied (invalid_client_address)" in result.stdout) == (0, True)
+
+    @pytest.mark.integration
+    def test_mutual_tls(self, own_valkey: Valkey, tmp_path: Path) -> None:
+        ca = trustme.CA()
+        server_certificate, client_certificate = ca.issue_cert("127.0.0.1"), ca.issue_cert("client.example")
+        paths = {}
+        for name, blob in (
+            ("ca", ca.cert_pem),
+            ("server", server_certificate.private_key_and_cert_chain_pem),
+            ("client", client_certificate.private_key_and_cert_chain_pem),
+        ):
+            paths[name] = str(tmp_path / f"{name}.pem")
+            blob.write_to_path(paths[name])
+        init_policy(own_valkey.url)
+        environ = {
+            "AUTHZ_REDIS_URL": own_valkey.url,
+            "AUTHZ_TLS_CERTIFICATE": paths["server"],
+            "AUTHZ_TLS_KEY": paths["server"],
+            "AUTHZ_TLS_CLIENT_CA": paths["ca"],
+        }
+        with ServerProcess(tmp_path, environ) as server:
+            server.wait_ready()
+            own = ("--tls-certificate", paths["client"], "--tls-key", paths["client"])
+            assert run("probe", server.grpc, "--tls-ca", paths["ca"], *own).exit_code == 0
+            assert run("probe", server.grpc, "--tls-ca", paths["ca"], "--timeout", "1").exit_code == 1
