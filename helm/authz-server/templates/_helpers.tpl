@@ -1,0 +1,289 @@
+{{- define "authz-server.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 50 | trimSuffix "-" }}
+{{- end }}
+
+{{- /* Room is left for suffixes such as -valkey within the 63 characters of a name. */ -}}
+{{- define "authz-server.fullname" -}}
+{{- $name := include "authz-server.name" . }}
+{{- if .Values.fullnameOverride }}
+{{- .Values.fullnameOverride | trunc 50 | trimSuffix "-" }}
+{{- else if contains $name .Release.Name }}
+{{- .Release.Name | trunc 50 | trimSuffix "-" }}
+{{- else }}
+{{- printf "%s-%s" .Release.Name $name | trunc 50 | trimSuffix "-" }}
+{{- end }}
+{{- end }}
+
+{{- /* What gateways call: the provider's service and the DestinationRule's host. */ -}}
+{{- define "authz-server.host" -}}
+{{ include "authz-server.fullname" . }}.{{ .Release.Namespace }}.svc.{{ .Values.clusterDomain }}
+{{- end }}
+
+{{- /* Arguments: a dictionary with context and component. */ -}}
+{{- define "authz-server.selectorLabels" -}}
+app.kubernetes.io/name: {{ include "authz-server.name" .context }}
+app.kubernetes.io/instance: {{ .context.Release.Name }}
+app.kubernetes.io/component: {{ .component }}
+{{- end }}
+
+{{- define "authz-server.labels" -}}
+{{ include "authz-server.selectorLabels" . }}
+app.kubernetes.io/version: {{ .context.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .context.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .context.Chart.Name .context.Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
+{{- with .context.Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "authz-server.serviceAccountName" -}}
+{{- if .Values.serviceAccount.create }}
+{{- default (include "authz-server.fullname" .) .Values.serviceAccount.name }}
+{{- else }}
+{{- default "default" .Values.serviceAccount.name }}
+{{- end }}
+{{- end }}
+
+{{- define "authz-server.image" -}}
+{{- with .Values.image }}
+{{- if .digest -}}
+{{ .repository }}@{{ .digest }}
+{{- else -}}
+{{ .repository }}:{{ .tag | default $.Chart.AppVersion }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- /* Pods and containers as the restricted Pod Security Standard wants them. */ -}}
+{{- define "authz-server.podSecurityContext" -}}
+runAsNonRoot: true
+runAsUser: 65532
+runAsGroup: 65532
+fsGroup: 65532
+seccompProfile:
+  type: RuntimeDefault
+{{- end }}
+
+{{- define "authz-server.securityContext" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+{{- end }}
+
+{{- define "authz-server.redisUrl" -}}
+{{- if .Values.evaluation.enabled -}}
+redis://{{ include "authz-server.fullname" . }}-valkey:6379/0
+{{- else if .Values.redis.caSecret -}}
+{{ .Values.redis.url }}{{ contains "?" .Values.redis.url | ternary "&" "?" }}ssl_ca_certs=/etc/authz-server/redis-ca/ca.crt
+{{- else -}}
+{{ .Values.redis.url }}
+{{- end }}
+{{- end }}
+
+{{- /* The store, for the server and for authzctl: variables, since Jobs run before the ConfigMap is there. */ -}}
+{{- define "authz-server.redisEnv" -}}
+- name: AUTHZ_REDIS_URL
+  value: {{ include "authz-server.redisUrl" . | quote }}
+- name: AUTHZ_REDIS_PREFIX
+  value: {{ .Values.redis.prefix | quote }}
+{{- with .Values.redis.username }}
+- name: AUTHZ_REDIS_USERNAME
+  value: {{ . | quote }}
+{{- end }}
+{{- if .Values.redis.existingSecret }}
+- name: AUTHZ_REDIS_PASSWORD_FILE
+  value: /etc/authz-server/redis/password
+{{- end }}
+{{- end }}
+
+{{- define "authz-server.redisVolumeMounts" -}}
+{{- if .Values.redis.existingSecret }}
+- name: redis-password
+  mountPath: /etc/authz-server/redis
+  readOnly: true
+{{- end }}
+{{- if .Values.redis.caSecret }}
+- name: redis-ca
+  mountPath: /etc/authz-server/redis-ca
+  readOnly: true
+{{- end }}
+{{- end }}
+
+{{- define "authz-server.redisVolumes" -}}
+{{- with .Values.redis }}
+{{- if .existingSecret }}
+- name: redis-password
+  secret:
+    secretName: {{ .existingSecret }}
+    defaultMode: 0440
+    items:
+      - key: {{ .passwordKey }}
+        path: password
+{{- end }}
+{{- if .caSecret }}
+- name: redis-ca
+  secret:
+    secretName: {{ .caSecret }}
+    items:
+      - key: {{ .caKey }}
+        path: ca.crt
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- /* Where pods of every component may run. */ -}}
+{{- define "authz-server.scheduling" -}}
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{- /* A pod that runs one authzctl command and ends: a dictionary with context, component and args. */ -}}
+{{- define "authz-server.authzctlPod" -}}
+{{- $context := .context -}}
+metadata:
+  labels:
+    {{- include "authz-server.labels" . | nindent 4 }}
+    {{- if $context.Values.istio.enabled }}
+    sidecar.istio.io/inject: "false"
+    {{- end }}
+spec:
+  restartPolicy: OnFailure
+  automountServiceAccountToken: false
+  enableServiceLinks: false
+  {{- with include "authz-server.scheduling" $context }}
+  {{- . | nindent 2 }}
+  {{- end }}
+  securityContext:
+    {{- include "authz-server.podSecurityContext" $context | nindent 4 }}
+  containers:
+    - name: authzctl
+      image: {{ include "authz-server.image" $context | quote }}
+      imagePullPolicy: {{ $context.Values.image.pullPolicy }}
+      command: [authzctl]
+      args:
+        {{- toYaml .args | nindent 8 }}
+      env:
+        {{- include "authz-server.redisEnv" $context | nindent 8 }}
+        - name: AUTHZCTL_ACTOR
+          value: {{ printf "helm/%s" $context.Release.Name | quote }}
+      securityContext:
+        {{- include "authz-server.securityContext" $context | nindent 8 }}
+      resources:
+        requests:
+          cpu: 50m
+          memory: 64Mi
+        limits:
+          memory: 256Mi
+      {{- with include "authz-server.redisVolumeMounts" $context }}
+      volumeMounts:
+        {{- . | nindent 8 }}
+      {{- end }}
+  {{- with include "authz-server.redisVolumes" $context }}
+  volumes:
+    {{- . | nindent 4 }}
+  {{- end }}
+{{- end }}
+
+{{- /* How long the server takes to leave after SIGTERM, at most. */ -}}
+{{- define "authz-server.leavingSeconds" -}}
+{{ add .Values.drain.seconds .Values.drain.graceSeconds }}
+{{- end }}
+
+{{- define "authz-server.terminationGracePeriodSeconds" -}}
+{{ .Values.drain.terminationGracePeriodSeconds | default (add (include "authz-server.leavingSeconds" . | int) 10) }}
+{{- end }}
+
+{{- define "authz-server.sidecar" -}}
+{{- if and .Values.istio.enabled .Values.istio.sidecar }}true{{ end }}
+{{- end }}
+
+{{- define "authz-server.gatewayPrincipal" -}}
+{{- with .Values.istio -}}
+{{ .trustDomain }}/ns/{{ .gateway.namespace }}/sa/{{ .gateway.serviceAccount }}
+{{- end }}
+{{- end }}
+
+{{- /* Headers that only the server may write: the instance, and the tenant unless requests name theirs by it. */ -}}
+{{- define "authz-server.strippedHeaders" -}}
+{{- $settings := .Values.settings -}}
+{{- $tenantHeader := $settings.tenant_header | default "x-tenant-id" -}}
+{{- $sources := $settings.tenant_from | default "header:x-tenant-id" -}}
+{{- if kindIs "string" $sources -}}
+{{- $sources = splitList "," (nospace $sources) -}}
+{{- end -}}
+{{- $headers := list ($settings.routing_header | default "x-tenant-instance") -}}
+{{- if not (has (printf "header:%s" $tenantHeader) $sources) -}}
+{{- $headers = append $headers $tenantHeader -}}
+{{- end -}}
+{{- $headers | toJson -}}
+{{- end }}
+
+{{- /* The policy that makes gateways ask, and at uninstallation the one that takes its place. */ -}}
+{{- define "authz-server.customPolicyHead" -}}
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata:
+  name: {{ include "authz-server.fullname" . }}
+  namespace: {{ .Values.istio.gateway.namespace }}
+  labels:
+    {{- include "authz-server.labels" (dict "context" . "component" "mesh") | nindent 4 }}
+{{- end }}
+
+{{- /* Without rules it matches nothing. */ -}}
+{{- define "authz-server.customPolicySpec" -}}
+spec:
+  selector:
+    matchLabels:
+      {{- toYaml .Values.istio.gateway.labels | nindent 6 }}
+  action: CUSTOM
+  provider:
+    name: {{ .Values.istio.provider.name }}
+{{- end }}
+
+{{- /* Where the server and authzctl connect to: names and Redis. */ -}}
+{{- define "authz-server.egress" -}}
+{{- with .Values.networkPolicy -}}
+- to:
+    - namespaceSelector:
+        matchLabels:
+          {{- toYaml .dns.namespaceLabels | nindent 10 }}
+      {{- with .dns.podLabels }}
+      podSelector:
+        matchLabels:
+          {{- toYaml . | nindent 10 }}
+      {{- end }}
+  ports:
+    - port: 53
+      protocol: UDP
+    - port: 53
+      protocol: TCP
+{{- end }}
+{{- if .Values.evaluation.enabled }}
+- to:
+    - podSelector:
+        matchLabels:
+          {{- include "authz-server.selectorLabels" (dict "context" . "component" "valkey") | nindent 10 }}
+  ports:
+    - port: 6379
+{{- else }}
+- ports:
+    {{- range .Values.networkPolicy.redis.ports | default (list (regexFind ":[0-9]+$" (urlParse .Values.redis.url).host | trimPrefix ":" | default "6379")) }}
+    - port: {{ int . }}
+    {{- end }}
+  {{- with .Values.networkPolicy.redis.to }}
+  to:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+{{- end }}
+{{- end }}
