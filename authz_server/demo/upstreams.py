@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
 from typing import Self
@@ -54,8 +54,23 @@ class Upstreams:
     ``x-served-by: <instance>``. ``/slow?ms=250`` is answered after that time (5 s at most).
     """
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(
+        self,
+        names: Iterable[str],
+        *,
+        around: Callable[[str, ASGIApp], ASGIApp] | None = None,
+        websockets: bool = False,
+    ) -> None:
+        """Describe the instances; nothing listens until `start`.
+
+        Args:
+            names: theirs.
+            around: given an instance's name and what answers for it, returns what is to answer instead.
+            websockets: whether connections can be upgraded, for `around` to serve; needs the package of that name.
+        """
         self._names = tuple(names)
+        self._around = around
+        self._websockets = websockets
         self._lock = threading.Lock()
         self._arrivals: deque[Arrival] = deque(maxlen=_MAX_ARRIVALS)
         self._servers: list[uvicorn.Server] = []
@@ -110,10 +125,11 @@ class Upstreams:
         self._servers.clear()
 
     def _config(self, name: str) -> uvicorn.Config:
+        instance = self._instance(name)
         return uvicorn.Config(
-            self._instance(name),
+            instance if self._around is None else self._around(name, instance),
             http="h11",
-            ws="none",
+            ws="websockets-sansio" if self._websockets else "none",
             lifespan="off",
             log_config=None,
             log_level="critical",

@@ -3,6 +3,7 @@
 import importlib
 import os
 import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +37,8 @@ def files(folder: Path = ISTIO) -> list[Path]:
 
 def kustomize(folder: Path) -> list[Manifest]:
     """What `kubectl kustomize FOLDER` prints; subprocess.CalledProcessError, with what it says in `stderr`."""
-    kubectl = which("kubectl")
+    # Beside Python first: a virtual environment need not be on the path.
+    kubectl = which("kubectl", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     assert kubectl, "no kubectl: `make setup` installs it"
     command = [kubectl, "kustomize", "--load-restrictor", "LoadRestrictionsNone", str(folder)]
     built = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout

@@ -1,0 +1,105 @@
+"""What the practices' tests share: Envoys of three versions, pods, the authorization server; and the report."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+from starlette.types import ASGIApp, Receive, Scope, Send
+from support.children import none_left
+from support.envoys import ENVOY_VERSIONS
+from support.gateway import AuthzServer, policy
+from support.istio.platform import ALIKE, QUEUES, Launcher, Pods
+
+from authz_server.demo.upstreams import Upstreams
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_child_left() -> Iterator[None]:
+    """The module leaves no child process behind."""
+    with none_left():
+        yield
+
+
+@pytest.fixture(scope="module", params=ENVOY_VERSIONS)
+def version(request: pytest.FixtureRequest) -> str:
+    """Envoy's version."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="session")
+def running_pods() -> Iterator[Pods]:
+    failing: set[str] = set()
+
+    def around(name: str, pod: ASGIApp) -> ASGIApp:
+        async def maybe_failing(scope: Scope, receive: Receive, send: Send) -> None:
+            if name in failing and scope["type"] == "http":
+                await send({"type": "http.response.start", "status": 500, "headers": [(b"x-served-by", name.encode())]})
+                await send({"type": "http.response.body"})
+            else:
+                await pod(scope, receive, send)
+
+        return maybe_failing
+
+    with Upstreams((*QUEUES, *ALIKE), around=around) as upstreams:
+        yield Pods(upstreams, failing)
+
+
+@pytest.fixture
+def pods(running_pods: Pods) -> Pods:
+    """The pods, all well, with no arrivals yet."""
+    running_pods.failing.clear()
+    running_pods.upstreams.clear()
+    return running_pods
+
+
+@pytest.fixture(scope="module")
+def authz() -> Iterator[AuthzServer]:
+    """The authorization server, with a policy that lets everybody in."""
+    with AuthzServer(policy()) as server:
+        yield server
+        assert server.faults == []
+
+
+@pytest.fixture(scope="module")
+def launcher(version: str, no_child_left: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    """Starts Envoys of the version."""
+    with ExitStack() as stack:
+        yield Launcher(version, lambda: tmp_path_factory.mktemp("endpoints"), stack)
+
+
+_OUTCOMES = pytest.StashKey[dict[str, dict[str, Counter[str]]]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_OUTCOMES] = {}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Count the outcomes of each practice, which is a module here, by Envoy's version."""
+    report = yield
+    if "/istio/" in item.nodeid and (report.when == "call" or not report.passed):
+        assert isinstance(item, pytest.Function)
+        callspec = getattr(item, "callspec", None)
+        version = "" if callspec is None else callspec.params.get("version", "")
+        title = (item.module.__doc__ or item.module.__name__).strip().splitlines()[0]
+        outcome = "passed" if report.passed else "failed"
+        item.config.stash[_OUTCOMES].setdefault(title, {}).setdefault(version, Counter())[outcome] += 1
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """One line for each practice: how many tests passed on which Envoy."""
+    outcomes = config.stash[_OUTCOMES]
+    if not outcomes:
+        return
+    terminalreporter.section("istio/, by practice")
+    for title, versions in outcomes.items():
+        parts = []
+        for version, counts in versions.items():
+            said = f"{counts['passed']} passed" + (f", {counts['failed']} FAILED" if counts["failed"] else "")
+            parts.append(f"{version}: {said}" if version else said)
+        failed = any(counts["failed"] for counts in versions.values())
+        terminalreporter.line(f"{'FAILED' if failed else 'ok':<7}{title} [{'; '.join(parts)}]", red=failed)
