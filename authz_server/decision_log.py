@@ -158,7 +158,7 @@ class DecisionLog:
             facts["scope"] = deciding.scope
             if deciding.match:
                 facts["list"] = deciding.match.list_name
-                network = deciding.match.entry.network
+                network = deciding.match.network
                 if not (self._options.anonymize and network.prefix_length > _KEPT_BITS[network.version]):
                     facts["entry"] = str(network)
         if shadow := _shadow_denials(decision):

@@ -140,12 +140,12 @@ async def carry_out(
     try:
         plan = wish.plan(known, order.now)
     except MissingEntriesError as error:
-        tables = (await load_snapshot(store, DecisionOptions())).tables
-        hints = missing_hints(error.list_name, error.missing, tables, order.now)
+        entries = (await load_snapshot(store, DecisionOptions())).entries
+        hints = missing_hints(error.list_name, error.missing, entries, order.now)
         raise MissingEntriesError(error.list_name, error.missing, hints) from error
     if plan.closes:
-        tables = (await load_snapshot(store, DecisionOptions())).tables
-        plan = closing_concerns(plan, tables, order.now)
+        entries = (await load_snapshot(store, DecisionOptions())).entries
+        plan = closing_concerns(plan, entries, order.now)
     if not plan.writes:
         return Done(wish.action, order, position.epoch, position.revision, plan.steps, changed=False, notes=plan.notes)
     if plan.concerns:
@@ -166,10 +166,15 @@ async def carry_out(
 
 
 async def load_snapshot(store: Store, options: DecisionOptions, only: Collection[str] | None = None) -> Snapshot:
-    """Load the policy as the server would at its start, or only some of its collections."""
+    """Load the policy as the server would at its start, or only some of its collections; and beside it what people say
+    of the entries."""
     policy = await store.load(only)
     return build_snapshot(
-        policy.records, epoch=policy.position.epoch, revision=policy.position.revision, options=options
+        policy.records,
+        epoch=policy.position.epoch,
+        revision=policy.position.revision,
+        options=options,
+        keep_entries=True,
     )
 
 

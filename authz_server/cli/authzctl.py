@@ -55,7 +55,7 @@ from authz_server.cli.session import (
 )
 from authz_server.cli.times import parse_moment, show_expiry, show_moment
 from authz_server.explanation import CannotDescribeError, describe_request, explain
-from authz_server.policy.access import Enforcement, Entry, EntryTable, Mode, Resource, Scope, Side, own_list
+from authz_server.policy.access import Enforcement, Entry, Mode, Resource, Scope, Side, own_list
 from authz_server.policy.paths import parse_path_pattern
 from authz_server.policy.records import RecordKey, RecordKind
 from authz_server.policy.snapshot import Snapshot
@@ -403,11 +403,11 @@ def _lists_of_scopes(snapshot: Snapshot, lists: Iterable[str], side: Side) -> li
     """Return (scope, list) for every list on one side, scopes by name, a scope's own list first."""
     own = {name.removesuffix(f"/{side}") for name in lists if name.endswith(f"/{side}")}
     names = sorted(own | snapshot.scopes.keys())
-    return [(name, list_name) for name in names for list_name in snapshot.scopes.get(name, Scope(name)).lists[side]]
+    return [(name, list_name) for name in names for list_name in (snapshot.scopes.get(name) or Scope(name)).lists[side]]
 
 
 def _sorted_entries(snapshot: Snapshot, list_name: str) -> list[Entry]:
-    return sorted(snapshot.tables.get(list_name, EntryTable()).values(), key=lambda entry: entry.network)
+    return sorted(snapshot.entries.get(list_name, {}).values(), key=lambda entry: entry.network)
 
 
 def _print_entries(rows: list[tuple[str, str, Entry]], snapshot: Snapshot, output: OutputFormat, *, empty: str) -> None:

@@ -14,7 +14,7 @@ from netaddr import IPNetwork
 
 from authz_server.cli.failures import NotFoundError, RefusedError
 from authz_server.cli.times import show_expiry
-from authz_server.policy.access import Enforcement, Entry, EntryTable, Mode, NamedList, Resource, Scope, Side, own_list
+from authz_server.policy.access import Enforcement, Entry, Mode, NamedList, Resource, Scope, Side, own_list
 from authz_server.policy.addresses import Address, Network
 from authz_server.policy.affinity import Instance, InstanceState, Tenant, rendezvous
 from authz_server.policy.records import Record, RecordKey, RecordKind, Unreadable, entry_key, record_key
@@ -395,10 +395,14 @@ def place_tenant(tenant: str, registered: Mapping[str, Tenant], instances: Itera
     return PinTenant("tenant.add", tenant, instance)
 
 
-def closing_concerns(plan: Plan, tables: Mapping[str, EntryTable], now: float) -> Plan:
+Entries = Mapping[str, Mapping[Network, Entry]]
+"""List name -> its entries by network."""
+
+
+def closing_concerns(plan: Plan, entries: Entries, now: float) -> Plan:
     """Return the plan with what is to be said of a scope that it closes, given the entries of all lists."""
     scope = plan.closes
-    if scope is None or _lets_somebody_in(scope, tables, now):
+    if scope is None or _lets_somebody_in(scope, entries, now):
         return plan
     told = f"no entry in the allow lists of scope {scope.name} counts now: the scope denies every address"
     if scope.name == "global":
@@ -406,21 +410,20 @@ def closing_concerns(plan: Plan, tables: Mapping[str, EntryTable], now: float) -
     return replace(plan, notes=(*plan.notes, told))
 
 
-def missing_hints(
-    list_name: str, missing: Iterable[Network], tables: Mapping[str, EntryTable], now: float
-) -> tuple[str, ...]:
+def missing_hints(list_name: str, missing: Iterable[Network], entries: Entries, now: float) -> tuple[str, ...]:
     """Say for entries that are not in a list what is: wider ones, narrower ones, the same in other lists."""
     hints = []
-    table = tables.get(list_name, EntryTable())
+    listed = entries.get(list_name, {})
     for network in missing:
-        covering = [entry for length, entry in table.match(_first(network)) if length < network.prefix_length]
+        covering = [other for other in listed if _within(network, other)]
         if covering:
-            hints.append(f"{network} is covered by {_entry_text(covering[0], now)} in {list_name}")
-        within = sorted(entry.network for entry in table.values() if _within(entry.network, network))
+            narrowest = max(covering, key=lambda other: other.prefix_length)
+            hints.append(f"{network} is covered by {_entry_text(listed[narrowest], now)} in {list_name}")
+        within = sorted(other for other in listed if _within(other, network))
         if within:
             more = f" and {len(within) - 3} more" if len(within) > 3 else ""
             hints.append(f"within {network}, {list_name} has {', '.join(map(str, within[:3]))}{more}")
-        elsewhere = [name for name, other in sorted(tables.items()) if name != list_name and other.get(network)]
+        elsewhere = sorted(name for name, others in entries.items() if name != list_name and network in others)
         if elsewhere:
             hints.append(f"{network} is in {', '.join(elsewhere)}")
     return tuple(hints)
@@ -607,10 +610,8 @@ def _instance_key(name: str) -> RecordKey:
     return RecordKey(RecordKind.INSTANCE, name)
 
 
-def _lets_somebody_in(scope: Scope, tables: Mapping[str, EntryTable], now: float) -> bool:
-    return any(
-        entry.counts_at(now) for name in scope.lists[Side.ALLOW] for entry in tables.get(name, EntryTable()).values()
-    )
+def _lets_somebody_in(scope: Scope, entries: Entries, now: float) -> bool:
+    return any(entry.counts_at(now) for name in scope.lists[Side.ALLOW] for entry in entries.get(name, {}).values())
 
 
 def _difference(old: Record, now: float) -> str:

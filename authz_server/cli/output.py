@@ -19,7 +19,7 @@ from authz_server.cli.changes import Effect, Step
 from authz_server.cli.failures import AuthzctlError, OutputLostError
 from authz_server.cli.times import show_expiry, show_moment
 from authz_server.explanation import Explanation
-from authz_server.policy.access import Enforcement, Entry, NamedList, Resource, Scope, ScopeOutcome
+from authz_server.policy.access import Enforcement, Entry, ListMatch, NamedList, Resource, Scope, ScopeOutcome
 from authz_server.policy.affinity import Instance, Tenant
 from authz_server.policy.decision import Allowed
 from authz_server.policy.reasons import Reason
@@ -251,7 +251,7 @@ def explanation_json(explanation: Explanation) -> dict[str, Json]:
                 "reason": outcome.reason,
                 "deciding": outcome is decision.deciding,
                 "list": outcome.match.list_name if outcome.match else None,
-                "entry": record_json(outcome.match.entry) if outcome.match else None,
+                "entry": record_json(_entry(outcome.match, explanation)) if outcome.match else None,
             }
             for outcome in decision.scopes
         ],
@@ -386,7 +386,11 @@ def _instance_text(explanation: Explanation) -> str:
 
 
 def _mode(outcome: ScopeOutcome, explanation: Explanation) -> str:
-    return explanation.snapshot.scopes.get(outcome.scope, Scope(outcome.scope)).mode
+    return (explanation.snapshot.scopes.get(outcome.scope) or Scope(outcome.scope)).mode
+
+
+def _entry(match: ListMatch, explanation: Explanation) -> Entry:
+    return explanation.snapshot.entries[match.list_name][match.network]
 
 
 def _scope_lines(outcome: ScopeOutcome, explanation: Explanation) -> Iterable[Text | Padding]:
@@ -406,7 +410,7 @@ def _scope_lines(outcome: ScopeOutcome, explanation: Explanation) -> Iterable[Te
     if outcome.match is None:
         yield Text("    no entry of its lists holds the address", "dim")
         return
-    entry = outcome.match.entry
+    entry = _entry(outcome.match, explanation)
     owner = f", owner {entry.owner}" if entry.owner else ""
     yield Padding(
         plain(

@@ -228,7 +228,7 @@ def _facts_of_scopes(decision: Decision) -> bytes:
     if deciding := decision.deciding:
         facts += _fact("scope", deciding.scope)
         if deciding.match:
-            facts += _fact("list", deciding.match.list_name) + _fact("entry", str(deciding.match.entry.network))
+            facts += _fact("list", deciding.match.list_name) + _fact("entry", str(deciding.match.network))
     shadow = [
         _field(_LIST_ITEM, _text(_STRING_VALUE, f"{outcome.scope}:{outcome.reason}"))
         for outcome in decision.scopes

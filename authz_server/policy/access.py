@@ -10,8 +10,8 @@ from enum import StrEnum
 from string import ascii_lowercase, ascii_uppercase
 from typing import NamedTuple
 
-from authz_server.policy.addresses import Address, Network
-from authz_server.policy.networks import NetworkTable
+from authz_server.policy.addresses import MAX_PREFIX_LENGTH, Address, Network
+from authz_server.policy.networks import NEVER, NetworkTable
 from authz_server.policy.paths import PathPattern
 from authz_server.policy.reasons import Reason
 
@@ -54,12 +54,15 @@ class Entry:
     expires_at: int | None = None
     """Seconds since the Unix epoch; from this second on the entry does not count. None: it never expires."""
 
+    @property
+    def expiry(self) -> int:
+        """What a match table keeps of the entry: the second from which it does not count."""
+        return NEVER if self.expires_at is None else self.expires_at
+
     def counts_at(self, now: float) -> bool:
         """Tell whether the entry still counts at `now`, seconds since the Unix epoch."""
-        return self.expires_at is None or now < self.expires_at
+        return now < self.expiry
 
-
-EntryTable = NetworkTable[Entry]
 
 # Every check asks for these, and Python 3.11 is slow to find them in their classes.
 _ALLOW, _BLOCK, _ENFORCE, _ALLOWED = Side.ALLOW, Side.BLOCK, Enforcement.ENFORCE, Reason.ALLOWED
@@ -145,10 +148,12 @@ def normalize_host(host: str) -> str:
 
 
 class ListMatch(NamedTuple):
-    """The entry that decided within a scope, and the list that holds it."""
+    """The entry that decided within a scope, as far as a decision knows it, and the list that holds it."""
 
     list_name: str
-    entry: Entry
+    network: Network
+    expires_at: int | None = None
+    """Seconds since the Unix epoch; None: it never expires."""
 
 
 class ScopeOutcome(NamedTuple):
@@ -166,20 +171,20 @@ class ScopeOutcome(NamedTuple):
         return self.reason in (Reason.BLOCKED, Reason.NOT_ALLOWLISTED)
 
 
-def judge(scope: Scope, tables: Mapping[str, EntryTable], address: Address, now: float) -> ScopeOutcome:
+def judge(scope: Scope, tables: Mapping[str, NetworkTable], address: Address, now: float) -> ScopeOutcome:
     """Say what a scope makes of an address at `now` (seconds since the Unix epoch)."""
     allow = _longest_match(scope.lists[_ALLOW], tables, address, now)
     block = _longest_match(scope.lists[_BLOCK], tables, address, now)
-    if block and (allow is None or _length(block) >= _length(allow)):
-        return ScopeOutcome(scope.name, scope.enforcement, Reason.BLOCKED, block)
+    if block and (allow is None or block[0] >= allow[0]):
+        return ScopeOutcome(scope.name, scope.enforcement, Reason.BLOCKED, _list_match(address, block))
     if allow:
-        return ScopeOutcome(scope.name, scope.enforcement, Reason.ALLOWLISTED, allow)
+        return ScopeOutcome(scope.name, scope.enforcement, Reason.ALLOWLISTED, _list_match(address, allow))
     reason = Reason.NOT_ALLOWLISTED if scope.mode is Mode.RESTRICTED else _ALLOWED
     return ScopeOutcome(scope.name, scope.enforcement, reason)
 
 
 def judge_without_record(
-    scope_name: str, tables: Mapping[str, EntryTable], address: Address, now: float
+    scope_name: str, tables: Mapping[str, NetworkTable], address: Address, now: float
 ) -> ScopeOutcome:
     """Say what `judge` says of a scope that has no record: it is open and enforced, and its own lists count.
 
@@ -190,26 +195,33 @@ def judge_without_record(
     return ScopeOutcome(scope_name, _ENFORCE, _ALLOWED)
 
 
+_Match = tuple[int, int, str]
+"""(prefix length, expiry, list name)"""
+
+
 def _longest_match(
-    list_names: tuple[str, ...], tables: Mapping[str, EntryTable], address: Address, now: float
-) -> ListMatch | None:
+    list_names: tuple[str, ...], tables: Mapping[str, NetworkTable], address: Address, now: float
+) -> _Match | None:
     """Return the longest match that still counts; of equal ones, that of the list named first."""
-    best: ListMatch | None = None
+    best: _Match | None = None
     for list_name in list_names:
         table = tables.get(list_name)
         if table is None:
             continue
-        for prefix_length, entry in table.match(address):
-            if best and prefix_length <= _length(best):
+        for prefix_length, expiry in table.match(address):
+            if best and prefix_length <= best[0]:
                 break
-            if entry.counts_at(now):
-                best = ListMatch(list_name, entry)
+            if now < expiry:
+                best = (prefix_length, expiry, list_name)
                 break
     return best
 
 
-def _length(match: ListMatch) -> int:
-    return match.entry.network.prefix_length
+def _list_match(address: Address, match: _Match) -> ListMatch:
+    prefix_length, expiry, list_name = match
+    shift = MAX_PREFIX_LENGTH[address.version] - prefix_length
+    network = Network(address.version, address.value >> shift << shift, prefix_length)
+    return ListMatch(list_name, network, None if expiry == NEVER else expiry)
 
 
 def _host_matches(pattern: str, host: str) -> bool:

@@ -1,135 +1,359 @@
-"""The match table: longest-prefix match over many networks.
+"""The match table: longest-prefix match over many networks, each with the second from which it no longer counts.
 
-One layer per prefix length that occurs, longest first: a look-up costs one dict probe per distinct length, whatever
-the number of networks. Tables are never changed. A large layer is kept in shards, of which `with_changes` copies only
-those that it touches, so one entry more or less costs microseconds in a list of a million, and a snapshot in use stays
-as it is.
+Networks are kept in columns, sorted by their first address; of two that begin alike, the wider one first. The last
+one that begins at or before an address is then the narrowest that can hold it, or lies within it: a look-up is one
+binary search and a few steps outwards, whatever the prefix lengths are, and nobody can choose networks that make it
+slow. Columns are plain numbers without an object each, so a file's bytes serve as they are, and all tables that are
+built together share them. Tables are never changed: later changes lie in dicts over the columns.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import Generic, Self, TypeVar
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Self, TypeAlias
 
 from authz_server.policy.addresses import MAX_PREFIX_LENGTH, Address, Network
+from authz_server.policy.sharded import Sharded, ShardedDraft
 
-T = TypeVar("T")
+NEVER = 1 << 48
+"""The expiry of what does not expire: later than any second that calendars name, so comparing is enough."""
+_REMOVED = -1
+"""In a table's changes: the columns have the network, the table has not."""
 
-_SHARDS = 1021
-"""Shards of a large layer: at a million networks, about a thousand in each. A prime, because networks come in patterns
-(such as IPv6 prefixes that end in zeros) that would leave most shards empty if the two shared a factor."""
-_LARGE = 4096
-"""A layer with more networks is cut into shards, and with fewer than a quarter of it made whole again."""
+_LENGTH_BITS = 8
+_KEY_BITS = 64
+_LOW_KEY = (1 << _KEY_BITS) - 1
 
-_Shards = tuple[dict[int, T], ...]
-"""A network's first bits -> value, in the shard of that number modulo the number of shards (1 or _SHARDS)."""
-_Layer = tuple[int, int, _Shards[T]]
-"""(prefix length, bits to shift away, shards)"""
+Section: TypeAlias = "array[int] | memoryview"
+"""Numbers that are stored without objects."""
 
 
-class NetworkTable(Generic[T]):
-    """An immutable mapping of networks to values that is searched by address."""
+@dataclass(frozen=True, slots=True)
+class SortedNetworks:
+    """Columns of networks of one kind, those of each table next to each other."""
 
-    __slots__ = ("_layers", "_size")
+    bits: int
+    """Of a key: 32 or 64."""
+    keys: Section
+    """The bits of the first address that are compared."""
+    lengths: Section
+    """How many bits of the key are the prefix."""
+    parents: Section
+    """1 + the row of the narrowest network around this one; 0: none."""
+    expiries: Section
+    """Seconds since the Unix epoch, or NEVER."""
 
-    def __init__(self) -> None:
-        self._layers: dict[int, tuple[_Layer[T], ...]] = {4: (), 6: ()}
-        self._size = 0
+    def match(self, key: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield (bits of the prefix, expiry) of the networks from `start` to `end` that hold a key, longest first."""
+        row = bisect_right(self.keys, key, start, end)
+        if row == start:
+            return
+        # From here on `row` is 1 + the number of the row, as in `parents`.
+        bits, keys, lengths, parents = self.bits, self.keys, self.lengths, self.parents
+        while row:
+            row -= 1
+            length = lengths[row]
+            if not (key ^ keys[row]) >> bits - length:
+                yield length, self.expiries[row]
+            row = parents[row]
+
+    def find(self, key: int, length: int, start: int, end: int) -> int | None:
+        """Return the expiry of exactly this network; None when it is not there."""
+        row = bisect_right(self.keys, key, start, end)
+        while row > start and self.keys[row - 1] == key:
+            row -= 1
+            if self.lengths[row] == length:
+                return self.expiries[row]
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The networks of all tables that were built together.
+
+    IPv6 networks of more than 64 bits are apart: their keys are the second half of the address, and rows with the same
+    first half lie together, in a *group*.
+    """
+
+    v4: SortedNetworks
+    v6: SortedNetworks
+    v6_long: SortedNetworks
+    groups: Section
+    """The first halves, sorted within each table."""
+    group_starts: Section
+    """The first row of each group, and at the end the number of rows."""
+
+    def sections(self) -> list[Section]:
+        """Return all numbers, in an order that `from_sections` knows."""
+        families = (self.v4, self.v6, self.v6_long)
+        columns = [column for one in families for column in (one.keys, one.lengths, one.parents, one.expiries)]
+        return [*columns, self.groups, self.group_starts]
 
     @classmethod
-    def build(cls, items: Iterable[tuple[Network, T]]) -> Self:
-        """Build a table; of two values for one network, the later one stays."""
-        return cls().with_changes(items)
+    def from_sections(cls, sections: Sequence[Section]) -> Self:
+        """Take what `sections` returned."""
+        v4, v6, v6_long = (
+            SortedNetworks(bits, *sections[4 * number : 4 * number + 4]) for number, (bits, _) in enumerate(_FAMILIES)
+        )
+        return cls(v4, v6, v6_long, *sections[4 * len(_FAMILIES) :])
+
+
+Ranges = tuple[int, int, int, int, int, int]
+"""Where a table's networks are: start and end among v4, v6 and the groups of v6_long."""
+
+
+class NetworkTable:
+    """An immutable mapping of networks to expiries (seconds since the Unix epoch, or NEVER), searched by address."""
+
+    __slots__ = ("_changes", "_columns", "_ranges", "_size")
+
+    def __init__(self, columns: Columns | None = None, ranges: Ranges = (0,) * 6, size: int = 0) -> None:
+        """Make a table of networks that are in columns, by default of none; `ColumnsDraft` knows its arguments."""
+        self._columns = columns or _NO_COLUMNS
+        self._ranges = ranges
+        self._size = size
+        self._changes: _Changes | None = None
+
+    @classmethod
+    def build(cls, items: Iterable[tuple[Network, int]]) -> Self:
+        """Build a table by itself; of two expiries for one network, the later one stays."""
+        draft = ColumnsDraft()
+        place = draft.add(items)
+        return cls(draft.columns(), *place)
 
     def __len__(self) -> int:
         return self._size
 
-    def match(self, address: Address) -> Iterator[tuple[int, T]]:
-        """Yield (prefix length, value) of every network that holds the address, longest prefix first."""
-        value = address.value
-        for prefix_length, shift, shards in self._layers[address.version]:
-            prefix = value >> shift
-            found = shards[prefix % len(shards)].get(prefix)
-            if found is not None:
-                yield prefix_length, found
+    @property
+    def changes(self) -> int:
+        """How many networks differ from the columns."""
+        return self._changes.count if self._changes else 0
 
-    def get(self, network: Network) -> T | None:
-        """Return the value of exactly this network, or None."""
-        for prefix_length, shift, shards in self._layers[network.version]:
-            if prefix_length == network.prefix_length:
-                prefix = network.first >> shift
-                return shards[prefix % len(shards)].get(prefix)
+    def match(self, address: Address) -> Iterator[tuple[int, int]]:
+        """Yield (prefix length, expiry) of every network that holds the address, longest prefix first."""
+        if self._changes is None:
+            return self._match_columns(address)
+        changed = self._changes.match(address)
+        if not changed:
+            return self._match_columns(address)
+        found = sorted((dict(self._match_columns(address)) | changed).items(), reverse=True)
+        return iter([(length, expiry) for length, expiry in found if expiry != _REMOVED])
+
+    def _match_columns(self, address: Address) -> Iterator[tuple[int, int]]:
+        start_4, end_4, start_6, end_6, first_group, last_group = self._ranges
+        if address.version == 4:
+            return self._columns.v4.match(address.value, start_4, end_4)
+        high = address.value >> _KEY_BITS
+        if first_group == last_group:
+            return self._columns.v6.match(high, start_6, end_6)
+        return self._match_long(address.value, high)
+
+    def _match_long(self, value: int, high: int) -> Iterator[tuple[int, int]]:
+        columns = self._columns
+        if rows := self._group(high):
+            for length, expiry in columns.v6_long.match(value & _LOW_KEY, *rows):
+                yield length + _KEY_BITS, expiry
+        yield from columns.v6.match(high, self._ranges[2], self._ranges[3])
+
+    def _group(self, high: int) -> tuple[int, int] | None:
+        """Return from where to where the networks of more than 64 bits are that begin like this."""
+        groups, starts = self._columns.groups, self._columns.group_starts
+        number = bisect_left(groups, high, *self._ranges[4:])
+        if number == self._ranges[5] or groups[number] != high:
+            return None
+        return starts[number], starts[number + 1]
+
+    def get(self, network: Network) -> int | None:
+        """Return the expiry of exactly this network, or None when it is not there."""
+        if self._changes and (changed := self._changes.get(network)) is not None:
+            return None if changed == _REMOVED else changed
+        start_4, end_4, start_6, end_6, *_ = self._ranges
+        length = network.prefix_length
+        if network.version == 4:
+            return self._columns.v4.find(network.first, length, start_4, end_4)
+        high = network.first >> _KEY_BITS
+        if length <= _KEY_BITS:
+            return self._columns.v6.find(high, length, start_6, end_6)
+        if rows := self._group(high):
+            return self._columns.v6_long.find(network.first & _LOW_KEY, length - _KEY_BITS, *rows)
         return None
 
-    def values(self) -> Iterator[T]:
-        """Yield all values, in no particular order."""
-        for layers in self._layers.values():
-            for _, _, shards in layers:
-                for shard in shards:
-                    yield from shard.values()
+    def items(self) -> Iterator[tuple[Network, int]]:
+        """Yield all networks with their expiries, in no particular order."""
+        changed = self._changes
+        for network, expiry in self._column_items():
+            if changed is None or changed.get(network) is None:
+                yield network, expiry
+        if changed:
+            yield from ((network, expiry) for network, expiry in changed.items() if expiry != _REMOVED)
 
-    def with_changes(self, changes: Iterable[tuple[Network, T | None]]) -> Self:
-        """Return a table with these networks set, or removed where the value is None; this one stays as it is."""
-        edited: dict[tuple[int, int], _EditedLayer[T]] = {}
-        for network, value in changes:
-            place = (network.version, network.prefix_length)
-            layer = edited.get(place)
-            if layer is None:
-                layer = edited[place] = _EditedLayer(self._shards(*place))
-            layer.put(network.first >> MAX_PREFIX_LENGTH[network.version] - network.prefix_length, value)
-        table = type(self)()
-        table._size = self._size + sum(layer.grown for layer in edited.values())
-        table._layers = dict(self._layers)
-        for version in {version for version, _ in edited}:
-            by_length = {length: shards for length, _, shards in self._layers[version]}
-            by_length |= {length: layer.shards() for (of, length), layer in edited.items() if of == version}
-            bits = MAX_PREFIX_LENGTH[version]
-            table._layers[version] = tuple(
-                (length, bits - length, by_length[length])
-                for length in sorted(by_length, reverse=True)
-                if any(by_length[length])
-            )
+    def _column_items(self) -> Iterator[tuple[Network, int]]:
+        start_4, end_4, start_6, end_6, first_group, last_group = self._ranges
+        v4, v6, long = self._columns.v4, self._columns.v6, self._columns.v6_long
+        for row in range(start_4, end_4):
+            yield Network(4, v4.keys[row], v4.lengths[row]), v4.expiries[row]
+        for row in range(start_6, end_6):
+            yield Network(6, v6.keys[row] << _KEY_BITS, v6.lengths[row]), v6.expiries[row]
+        for number in range(first_group, last_group):
+            high = self._columns.groups[number] << _KEY_BITS
+            for row in range(self._columns.group_starts[number], self._columns.group_starts[number + 1]):
+                yield Network(6, high | long.keys[row], long.lengths[row] + _KEY_BITS), long.expiries[row]
+
+    def with_changes(self, changes: Iterable[tuple[Network, int | None]]) -> Self:
+        """Return a table with these networks set, or removed where the expiry is None; this one stays as it is."""
+        table = type(self)(self._columns, self._ranges, self._size)
+        draft = _ChangesDraft(self._changes or _Changes())
+        without_changes = type(self)(self._columns, self._ranges, self._size)
+        for network, expiry in changes:
+            before = draft.get(network)
+            below = without_changes.get(network)
+            there = below is not None if before is None else before != _REMOVED
+            table._size += (expiry is not None) - there
+            if expiry is None:
+                draft.put(network, None if below is None else _REMOVED)
+            else:
+                draft.put(network, None if below == expiry else expiry)
+        changed = draft.done()
+        table._changes = changed if changed.count else None
         return table
 
-    def _shards(self, version: int, prefix_length: int) -> _Shards[T]:
-        for length, _, shards in self._layers[version]:
-            if length == prefix_length:
-                return shards
-        return ({},)
+
+_Layer = tuple[int, int, Sharded[int, int]]
+"""(prefix length, bits to shift away, a network's first bits -> expiry or _REMOVED)"""
 
 
-class _EditedLayer(Generic[T]):
-    """A layer on its way to the next table; shards that were not touched are shared with the last one."""
+@dataclass(frozen=True, slots=True)
+class _Changes:
+    """Networks that differ from the columns, by prefix length."""
 
-    def __init__(self, shards: _Shards[T]) -> None:
-        self.grown = 0
-        """Networks added less networks removed."""
-        self._shards = list(shards)
-        self._own = [False] * len(shards)
+    layers: dict[int, tuple[_Layer, ...]] = field(default_factory=lambda: {4: (), 6: ()})
+    """By version, longest prefix first."""
+    count: int = 0
 
-    def put(self, prefix: int, value: T | None) -> None:
-        """Set the value of a prefix, or remove it."""
-        number = prefix % len(self._shards)
-        if not self._own[number]:
-            self._own[number] = True
-            self._shards[number] = self._shards[number].copy()
-        shard = self._shards[number]
-        before = len(shard)
-        if value is None:
-            shard.pop(prefix, None)
-        else:
-            shard[prefix] = value
-        self.grown += len(shard) - before
-        if len(self._shards) == 1 and len(shard) > _LARGE:
-            self._cut(_SHARDS)
+    def match(self, address: Address) -> dict[int, int]:
+        """Return the prefix lengths of the networks that hold the address, with their expiries or _REMOVED."""
+        value = address.value
+        found = {}
+        for length, shift, layer in self.layers[address.version]:
+            prefix = value >> shift
+            shards = layer.shards
+            expiry = shards[hash(prefix) % len(shards)].get(prefix)
+            if expiry is not None:
+                found[length] = expiry
+        return found
 
-    def shards(self) -> _Shards[T]:
-        """Return the layer as it is now; it must not be edited any more."""
-        if len(self._shards) > 1 and sum(map(len, self._shards)) < _LARGE // 4:
-            self._cut(1)
-        return tuple(self._shards)
+    def get(self, network: Network) -> int | None:
+        for length, shift, layer in self.layers[network.version]:
+            if length == network.prefix_length:
+                return layer.get(network.first >> shift)
+        return None
 
-    def _cut(self, count: int) -> None:
-        cut: list[dict[int, T]] = [{} for _ in range(count)]
-        for shard in self._shards:
-            for prefix, value in shard.items():
-                cut[prefix % count][prefix] = value
-        self._shards, self._own = cut, [True] * count
+    def items(self) -> Iterator[tuple[Network, int]]:
+        for version, layers in self.layers.items():
+            for length, shift, layer in layers:
+                for prefix, expiry in layer.items():
+                    yield Network(4 if version == 4 else 6, prefix << shift, length), expiry
+
+
+class _ChangesDraft:
+    """Changes on their way to the next table."""
+
+    def __init__(self, before: _Changes) -> None:
+        self._before = before
+        self._drafts: dict[tuple[int, int], ShardedDraft[int, int]] = {}
+
+    def get(self, network: Network) -> int | None:
+        """Return the expiry as it is now."""
+        draft = self._drafts.get((network.version, network.prefix_length))
+        if draft is None:
+            return self._before.get(network)
+        return draft.get(network.first >> MAX_PREFIX_LENGTH[network.version] - network.prefix_length)
+
+    def put(self, network: Network, expiry: int | None) -> None:
+        """Set an expiry or _REMOVED; None: as it is in the columns."""
+        place = (network.version, network.prefix_length)
+        shift = MAX_PREFIX_LENGTH[network.version] - network.prefix_length
+        draft = self._drafts.get(place)
+        if draft is None:
+            layers = self._before.layers[network.version]
+            layer = next((layer for length, _, layer in layers if length == network.prefix_length), None)
+            draft = self._drafts[place] = (layer if layer is not None else Sharded[int, int]()).draft()
+        draft.put(network.first >> shift, expiry)
+
+    def done(self) -> _Changes:
+        """Return the changes as they are now."""
+        layers = dict(self._before.layers)
+        for version in {version for version, _ in self._drafts}:
+            by_length = {length: layer for length, _, layer in layers[version]}
+            by_length |= {length: draft.done() for (of, length), draft in self._drafts.items() if of == version}
+            bits = MAX_PREFIX_LENGTH[version]
+            layers[version] = tuple(
+                (length, bits - length, by_length[length])
+                for length in sorted(by_length, reverse=True)
+                if len(by_length[length])
+            )
+        return _Changes(layers, sum(len(layer) for some in layers.values() for _, _, layer in some))
+
+
+class ColumnsDraft:
+    """Columns in the making."""
+
+    def __init__(self) -> None:
+        self._families = [[array(code) for code in codes] for _, codes in _FAMILIES]
+        self._groups: array[int] = array("Q")
+        self._group_starts: array[int] = array("I")
+
+    def add(self, items: Iterable[tuple[Network, int]]) -> tuple[Ranges, int]:
+        """Append the networks of a table, and return what its constructor wants beside the columns."""
+        # A number for each network that sorts as the rows do.
+        v4: dict[int, int] = {}
+        v6: dict[int, int] = {}
+        long: dict[int, int] = {}
+        for network, expiry in items:
+            if network.version == 4:
+                v4[network.first << _LENGTH_BITS | network.prefix_length] = expiry
+            elif network.prefix_length <= _KEY_BITS:
+                v6[network.first >> _KEY_BITS << _LENGTH_BITS | network.prefix_length] = expiry
+            else:
+                long[network.first << _LENGTH_BITS | network.prefix_length - _KEY_BITS] = expiry
+        range_4, range_6 = self._append(0, v4), self._append(1, v6)
+        first_group, start = len(self._groups), len(self._families[2][0])
+        last = -1
+        for row, number in enumerate(sorted(long), start):
+            high = number >> _KEY_BITS + _LENGTH_BITS
+            if high != last:
+                last = high
+                self._groups.append(high)
+                self._group_starts.append(row)
+        self._append(2, long)
+        return (*range_4, *range_6, first_group, len(self._groups)), len(v4) + len(v6) + len(long)
+
+    def _append(self, number: int, expiries: dict[int, int]) -> tuple[int, int]:
+        bits = _FAMILIES[number][0]
+        keys, lengths, parents, column = self._families[number]
+        start = len(keys)
+        around: list[tuple[int, int]] = []
+        mask = (1 << bits) - 1
+        for row, one in enumerate(sorted(expiries), start + 1):
+            first, length = one >> _LENGTH_BITS, one & (1 << _LENGTH_BITS) - 1
+            while around and around[-1][0] < first:
+                around.pop()
+            keys.append(first & mask)
+            lengths.append(length)
+            parents.append(around[-1][1] if around else 0)
+            column.append(expiries[one])
+            around.append((first | (1 << bits - length) - 1, row))
+        return start, len(keys)
+
+    def columns(self) -> Columns:
+        """Return the columns; nothing may be added any more."""
+        self._group_starts.append(len(self._families[2][0]))
+        columns = [column for family in self._families for column in family]
+        return Columns.from_sections([*columns, self._groups, self._group_starts])
+
+
+_FAMILIES = ((32, "IBIQ"), (64, "QBIQ"), (64, "QBIQ"))
+TYPE_CODES = "".join(codes for _, codes in _FAMILIES) + "QI"
+"""Of `Columns.sections`, as the modules array and struct name them."""
+_NO_COLUMNS = ColumnsDraft().columns()

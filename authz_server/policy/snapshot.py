@@ -9,13 +9,12 @@ applied; it is named in `problems`, and the scopes that use its list in `degrade
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, Self
+from typing import Any
 
 from authz_server.policy.access import (
     GLOBAL_SCOPE,
     Enforcement,
     Entry,
-    EntryTable,
     Mode,
     NamedList,
     Resource,
@@ -24,8 +23,10 @@ from authz_server.policy.access import (
 )
 from authz_server.policy.addresses import InvalidNetworkError, Network, parse_network
 from authz_server.policy.affinity import Instance, InstanceState, Tenant
+from authz_server.policy.networks import ColumnsDraft, NetworkTable
 from authz_server.policy.paths import fold_case, parse_path_pattern
 from authz_server.policy.records import Record, RecordKey, RecordKind, Unreadable
+from authz_server.policy.sharded import Sharded, ShardedDraft
 from authz_server.policy.tenant import TenantSource
 
 _FIELDS = {
@@ -37,6 +38,9 @@ _FIELDS = {
 }
 """Where a snapshot keeps its records, by kind; entries are in `tables`."""
 
+
+Kept = NamedList | Scope | Resource | Tenant | Instance
+"""A record that a snapshot keeps whole."""
 
 _OPEN_EVERYWHERE = Scope(GLOBAL_SCOPE)
 
@@ -95,60 +99,55 @@ class Snapshot:
     epoch: str
     revision: int
     options: DecisionOptions = DecisionOptions()
-    tables: Mapping[str, EntryTable] = field(default_factory=dict)
-    """List name -> its entries; a scope's own lists are here as `global/allow`, `tenant:acme/block` and so on."""
-    named_lists: Mapping[str, NamedList] = field(default_factory=dict)
-    scopes: Mapping[str, Scope] = field(default_factory=dict)
-    resources: Mapping[str, Resource] = field(default_factory=dict)
-    tenants: Mapping[str, Tenant] = field(default_factory=dict)
-    instances: Mapping[str, Instance] = field(default_factory=dict)
-    problems: Mapping[RecordKey, str] = field(default_factory=dict)
+    tables: Sharded[str, NetworkTable] = field(default_factory=Sharded)
+    """List name -> its networks; a scope's own lists are here as `global/allow`, `tenant:acme/block` and so on."""
+    named_lists: Sharded[str, NamedList] = field(default_factory=Sharded)
+    scopes: Sharded[str, Scope] = field(default_factory=Sharded)
+    resources: Sharded[str, Resource] = field(default_factory=Sharded)
+    tenants: Sharded[str, Tenant] = field(default_factory=Sharded)
+    instances: Sharded[str, Instance] = field(default_factory=Sharded)
+    problems: Sharded[RecordKey, str] = field(default_factory=Sharded)
     """The records that could not be read, and why."""
+    networks: int = 0
+    """In all tables."""
+    degraded: frozenset[str] = frozenset()
+    """Scopes that use a list with an unreadable entry, or a list that does not exist."""
     global_scope: Scope = _OPEN_EVERYWHERE
     guarded_resources: tuple[GuardedResource, ...] = ()
     """By resource name; patterns are ready for comparison with readings (case folded when the options say so)."""
+    entries: Mapping[str, Mapping[Network, Entry]] = field(default_factory=dict)
+    """List name -> what people say of each network, which no decision needs: only where `build_snapshot` was asked
+    to keep it, and not carried forward."""
 
-    def with_changes(self, revision: int, changes: Iterable[tuple[RecordKey, Record | Unreadable | None]]) -> Self:
+    def with_changes(
+        self, revision: int, changes: Iterable[tuple[RecordKey, Record | Unreadable | None]]
+    ) -> "Snapshot":
         """Return the snapshot after changes one after the other; None removes a record. This one stays as it is."""
-        changed: dict[RecordKind, dict[str, Any]] = {}
-        entries: dict[str, list[tuple[Network, Entry | None]]] = {}
-        problems = dict(self.problems)
-        latest: dict[RecordKey, Record | None] = {}
+        draft = SnapshotDraft(self)
         for key, value in changes:
-            problems.pop(key, None)
-            record: Record | None
-            if isinstance(value, Unreadable):
-                problems[key] = value.problem
-                record = (latest[key] if key in latest else self.get(key)) or _closed(key)
-                if record is None:
-                    continue
-            else:
-                record = value
-            latest[key] = record
-            if key.kind is not RecordKind.ENTRY:
-                if key.kind not in changed:
-                    changed[key.kind] = dict(getattr(self, _FIELDS[key.kind]))
-                if record is None:
-                    changed[key.kind].pop(key.name, None)
-                else:
-                    changed[key.kind][key.name] = record
-            elif isinstance(record, Entry):
-                entries.setdefault(key.list_name, []).append((record.network, record))
-            elif network := _network(key):
-                entries.setdefault(key.list_name, []).append((network, None))
-        tables = dict(self.tables)
-        for name, items in entries.items():
-            tables[name] = tables.get(name, EntryTable()).with_changes(items)
-            if not len(tables[name]):
-                del tables[name]
-        fields: dict[str, Any] = {_FIELDS[kind]: mapping for kind, mapping in changed.items()}
-        return replace(self, revision=revision, tables=tables, problems=problems, **fields)._indexed()
+            draft.put(key, value)
+        return draft.done(revision)
 
-    def get(self, key: RecordKey) -> Record | None:
-        """Return the record that counts under this key (it may stand in for an unreadable one), or None."""
-        if key.kind is not RecordKind.ENTRY:
-            mapping: Mapping[str, Record] = getattr(self, _FIELDS[key.kind])
-            return mapping.get(key.name)
+    def with_last_good(self, last_good: "Snapshot") -> "Snapshot":
+        """Return the snapshot with the records of an older one in place of those that cannot be read."""
+        draft = SnapshotDraft(self)
+        for key in self.problems:
+            if key.kind is RecordKind.ENTRY:
+                if (expiry := last_good.expiry(key)) is not None:
+                    draft.keep(key, expiry)
+            elif (record := last_good.get(key)) is not None:
+                draft.keep(key, record)
+        return draft.done(self.revision)
+
+    def get(self, key: RecordKey) -> Kept | None:
+        """Return the record that counts under the key of another kind than ENTRY (it may stand in for an unreadable
+        one), or None."""
+        mapping: Mapping[str, Any] = getattr(self, _FIELDS[key.kind])
+        record: Kept | None = mapping.get(key.name)
+        return record
+
+    def expiry(self, key: RecordKey) -> int | None:
+        """Return the expiry that counts under the key of an entry, or None when there is no such network."""
         table = self.tables.get(key.list_name)
         network = _network(key)
         return table.get(network) if table is not None and network else None
@@ -163,25 +162,19 @@ class Snapshot:
         missing = [
             key
             for key in self.problems
-            if key.kind is RecordKind.ENTRY and key.list_name == list_name and self.get(key) is None
+            if key.kind is RecordKind.ENTRY and key.list_name == list_name and self.expiry(key) is None
         ]
-        return len(self.tables.get(list_name, ())) + len(missing)
+        return len(self.tables.get(list_name) or ()) + len(missing)
 
     def degraded_scopes(self) -> tuple[str, ...]:
         """Return the scopes that use a list with an unreadable entry, or a list that does not exist, sorted."""
-        unreadable = {key.list_name for key in self.problems if key.kind is RecordKind.ENTRY}
-        degraded = {name.rpartition("/")[0] for name in unreadable if "/" in name}
-        for scope in (self.global_scope, *self.scopes.values()):
-            named = {*scope.allow_lists, *scope.block_lists}
-            if named & unreadable or not named <= self.named_lists.keys():
-                degraded.add(scope.name)
-        return tuple(sorted(degraded))
+        return tuple(sorted(self.degraded))
 
     def counts(self) -> dict[str, int]:
         """Return how many records of each kind the snapshot holds."""
         return {
             "lists": len(self.named_lists),
-            "entries": sum(len(table) for table in self.tables.values()),
+            "entries": self.networks,
             "scopes": len(self.scopes),
             "resources": len(self.resources),
             "tenants": len(self.tenants),
@@ -189,20 +182,113 @@ class Snapshot:
             "unreadable": len(self.problems),
         }
 
-    def _indexed(self) -> Self:
-        """Return the snapshot with what is derived from scopes and resources."""
-        guarded = []
-        for name in sorted(self.resources):
-            resource = self.resources[name]
-            if self.options.fold_path_case:
-                resource = replace(resource, paths=tuple(fold_case(path) for path in resource.paths))
-            scope_name = resource_scope(name)
-            guarded.append(GuardedResource(resource, self.scopes.get(scope_name, Scope(scope_name))))
-        return replace(
-            self,
-            global_scope=self.scopes.get(GLOBAL_SCOPE, _OPEN_EVERYWHERE),
-            guarded_resources=tuple(guarded),
+
+class SnapshotDraft:
+    """A snapshot in the making, from an earlier one, which stays as it is."""
+
+    def __init__(self, before: Snapshot) -> None:
+        self._before = before
+        self._drafts: dict[RecordKind, ShardedDraft[str, Any]] = {}
+        self._problems = before.problems.draft()
+        self._entries: dict[str, dict[Network, int | None]] = {}
+        self._tables = before.tables.draft()
+        self._networks = before.networks
+        self._changed_scopes: set[str] = set()
+        self._lists_changed = False
+        """Whether some list came, went, became unreadable or readable: any scope may be degraded by it or no more."""
+
+    def put(self, key: RecordKey, value: Record | Unreadable | None) -> None:
+        """Set a record, or remove it where the value is None."""
+        if self._problems.get(key) is not None:
+            self._problems.put(key, None)
+            self._lists_changed |= key.kind is RecordKind.ENTRY
+        if isinstance(value, Unreadable):
+            self._problems.put(key, value.problem)
+            if key.kind is RecordKind.ENTRY:
+                self._lists_changed = True
+            elif self._draft(key.kind).get(key.name) is None:
+                self.keep(key, _closed(key))
+        elif isinstance(value, Entry):
+            self._entries.setdefault(key.list_name, {})[value.network] = value.expiry
+        elif key.kind is RecordKind.ENTRY:
+            self.keep(key, None)
+        else:
+            self.keep(key, value)
+
+    def keep(self, key: RecordKey, value: Kept | int | None) -> None:
+        """Set what counts under a key, of an entry its expiry, whether or not there is a problem with the record."""
+        if key.kind is not RecordKind.ENTRY:
+            self._draft(key.kind).put(key.name, value)
+            if key.kind is RecordKind.SCOPE:
+                self._changed_scopes.add(key.name)
+            elif key.kind is RecordKind.LIST:
+                self._lists_changed = True
+        elif network := _network(key):
+            self._entries.setdefault(key.list_name, {})[network] = value if isinstance(value, int) else None
+
+    def put_table(self, list_name: str, table: NetworkTable) -> None:
+        """Set all networks of a list, of which the earlier snapshot has none."""
+        self._tables.put(list_name, table)
+        self._networks += len(table)
+
+    def done(self, revision: int) -> Snapshot:
+        """Return the snapshot; the draft must not be used any more."""
+        self._apply_entries()
+        changed: dict[str, Any] = {_FIELDS[kind]: draft.done() for kind, draft in self._drafts.items()}
+        snapshot = replace(
+            self._before,
+            revision=revision,
+            tables=self._tables.done(),
+            problems=self._problems.done(),
+            networks=self._networks,
+            entries={},
+            **changed,
         )
+        degraded = self._degraded(snapshot)
+        if RecordKind.RESOURCE in self._drafts or any(not name.startswith("tenant:") for name in self._changed_scopes):
+            return replace(snapshot, degraded=degraded, **_derived(snapshot))
+        return snapshot if degraded == snapshot.degraded else replace(snapshot, degraded=degraded)
+
+    def _draft(self, kind: RecordKind) -> "ShardedDraft[str, Any]":
+        draft = self._drafts.get(kind)
+        if draft is None:
+            mapping: Sharded[str, Any] = getattr(self._before, _FIELDS[kind])
+            draft = self._drafts[kind] = mapping.draft()
+        return draft
+
+    def _apply_entries(self) -> None:
+        if not len(self._before.tables):
+            # Much at once: columns, which all lists share.
+            columns = ColumnsDraft()
+            places = [
+                (name, columns.add((network, expiry) for network, expiry in items.items() if expiry is not None))
+                for name, items in self._entries.items()
+            ]
+            made = columns.columns()
+            tables = [(name, NetworkTable(made, *place)) for name, place in places]
+        else:
+            tables = [
+                (name, (self._tables.get(name) or NetworkTable()).with_changes(items.items()))
+                for name, items in self._entries.items()
+            ]
+        for name, table in tables:
+            self._networks += len(table) - len(self._tables.get(name) or ())
+            self._tables.put(name, table if len(table) else None)
+
+    def _degraded(self, snapshot: Snapshot) -> frozenset[str]:
+        if not self._lists_changed and not self._changed_scopes:
+            return snapshot.degraded
+        unreadable = {key.list_name for key in snapshot.problems if key.kind is RecordKind.ENTRY}
+        by_own_list = {name.rpartition("/")[0] for name in unreadable if "/" in name}
+
+        def is_degraded(scope: Scope | None) -> bool:
+            named = {*scope.allow_lists, *scope.block_lists} if scope else set()
+            return not named.isdisjoint(unreadable) or any(name not in snapshot.named_lists for name in named)
+
+        if self._lists_changed:
+            return frozenset(by_own_list.union(scope.name for scope in snapshot.scopes.values() if is_degraded(scope)))
+        now = {name for name in self._changed_scopes if name in by_own_list or is_degraded(snapshot.scopes.get(name))}
+        return snapshot.degraded - self._changed_scopes | now
 
 
 def build_snapshot(
@@ -212,6 +298,7 @@ def build_snapshot(
     revision: int,
     options: DecisionOptions,
     last_good: Snapshot | None = None,
+    keep_entries: bool = False,
 ) -> Snapshot:
     """Build a snapshot from records in any order.
 
@@ -221,18 +308,33 @@ def build_snapshot(
         revision: at which the records were read.
         options: the operator's settings.
         last_good: the snapshot served before, whose records stand in for unreadable ones.
+        keep_entries: whether to fill `entries`.
     """
-    readable: list[tuple[RecordKey, Record]] = []
-    unreadable: list[tuple[RecordKey, Unreadable]] = []
+    draft = SnapshotDraft(Snapshot(epoch, revision, options))
+    entries: dict[str, dict[Network, Entry]] = {}
     for key, record in records:
-        if not isinstance(record, Unreadable):
-            readable.append((key, record))
-            continue
-        unreadable.append((key, record))
-        if last_good and (kept := last_good.get(key)):
-            readable.append((key, kept))
-    snapshot = Snapshot(epoch, revision, options).with_changes(revision, readable)
-    return snapshot.with_changes(revision, unreadable)
+        draft.put(key, record)
+        if keep_entries and isinstance(record, Entry):
+            entries.setdefault(key.list_name, {})[record.network] = record
+    snapshot = draft.done(revision)
+    if last_good is not None and len(snapshot.problems):
+        snapshot = snapshot.with_last_good(last_good)
+    return replace(snapshot, entries=entries)
+
+
+def _derived(snapshot: Snapshot) -> dict[str, Any]:
+    """Return what follows from scopes and resources."""
+    guarded = []
+    for name in sorted(snapshot.resources):
+        resource = snapshot.resources[name]
+        if snapshot.options.fold_path_case:
+            resource = replace(resource, paths=tuple(fold_case(path) for path in resource.paths))
+        scope_name = resource_scope(name)
+        guarded.append(GuardedResource(resource, snapshot.scopes.get(scope_name) or Scope(scope_name)))
+    return {
+        "global_scope": snapshot.scopes.get(GLOBAL_SCOPE) or _OPEN_EVERYWHERE,
+        "guarded_resources": tuple(guarded),
+    }
 
 
 def _network(key: RecordKey) -> Network | None:
@@ -243,7 +345,7 @@ def _network(key: RecordKey) -> Network | None:
         return None
 
 
-def _closed(key: RecordKey) -> Record | None:
+def _closed(key: RecordKey) -> Kept | None:
     """Return what stands in for a record that cannot be read and has no last good value; None if nothing can."""
     match key.kind:
         case RecordKind.SCOPE:

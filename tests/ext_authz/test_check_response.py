@@ -15,7 +15,7 @@ from authz_server.ext_authz.check_response import (
     ResponseWriter,
     underscore_spellings,
 )
-from authz_server.policy.access import Enforcement, Entry, ListMatch, ScopeOutcome
+from authz_server.policy.access import Enforcement, ListMatch, ScopeOutcome
 from authz_server.policy.addresses import Address, Network, parse_address, parse_network
 from authz_server.policy.affinity import Affinity
 from authz_server.policy.decision import Allowed, Decision, Denied
@@ -34,7 +34,7 @@ networks = addresses.map(lambda address: Network(address.version, address.value,
 matches = st.builds(
     ListMatch,
     identifiers | st.sampled_from(["global/block", "tenant:acme/allow"]),
-    st.builds(Entry, networks, reason=st.just("r"), author=st.just("a"), created_at=st.just(1)),
+    networks,
 )
 scope_reasons = st.sampled_from([Reason.ALLOWED, Reason.ALLOWLISTED, Reason.BLOCKED, Reason.NOT_ALLOWLISTED])
 scopes = st.lists(
@@ -157,7 +157,7 @@ def check_facts(facts: dict[str, object], decision: Decision) -> None:
     match = deciding.match if deciding else None
     assert facts.get("scope") == (deciding.scope if deciding else None)
     assert facts.get("list") == (match.list_name if match else None)
-    assert facts.get("entry") == (str(match.entry.network) if match else None)
+    assert facts.get("entry") == (str(match.network) if match else None)
     assert facts.get("shadow", []) == [
         f"{outcome.scope}:{outcome.reason}"
         for outcome in decision.scopes
@@ -166,7 +166,6 @@ def check_facts(facts: dict[str, object], decision: Decision) -> None:
 
 
 def test_one_allowed_answer_in_full() -> None:
-    entry = Entry(parse_network("203.0.113.0/24"), reason="the office", author="ann", created_at=1)
     decision = Allowed(
         Reason.ALLOWLISTED,
         CLIENT,
@@ -175,7 +174,12 @@ def test_one_allowed_answer_in_full() -> None:
         affinity=Affinity.PINNED,
         scopes=(
             ScopeOutcome("global", Enforcement.SHADOW, Reason.BLOCKED, None),
-            ScopeOutcome("tenant:acme", Enforcement.ENFORCE, Reason.ALLOWLISTED, ListMatch("office", entry)),
+            ScopeOutcome(
+                "tenant:acme",
+                Enforcement.ENFORCE,
+                Reason.ALLOWLISTED,
+                ListMatch("office", parse_network("203.0.113.0/24")),
+            ),
         ),
     )
     check_response = written(decision)

@@ -5,7 +5,6 @@ import pytest
 from authz_server.policy.access import (
     Enforcement,
     Entry,
-    EntryTable,
     Mode,
     Resource,
     Scope,
@@ -17,6 +16,7 @@ from authz_server.policy.access import (
     tenant_scope,
 )
 from authz_server.policy.addresses import parse_address, parse_network
+from authz_server.policy.networks import NetworkTable
 from authz_server.policy.paths import parse_path_pattern, read_path
 from authz_server.policy.reasons import Reason
 
@@ -28,14 +28,14 @@ def entry(cidr: str, expires_at: int | None = None) -> Entry:
     return Entry(parse_network(cidr), "because", "ana", 1, expires_at=expires_at)
 
 
-def tables(lists: dict[str, list[str]]) -> dict[str, EntryTable]:
+def tables(lists: dict[str, list[str]]) -> dict[str, NetworkTable]:
     """Build tables; `CIDR until SECOND` expires."""
     built = {}
     for name, texts in lists.items():
         entries = [
             (cidr, int(until) if until else None) for cidr, _, until in (text.partition(" until ") for text in texts)
         ]
-        built[name] = EntryTable.build((parse_network(cidr), entry(cidr, until)) for cidr, until in entries)
+        built[name] = NetworkTable.build((parse_network(cidr), entry(cidr, until).expiry) for cidr, until in entries)
     return built
 
 
@@ -109,7 +109,7 @@ def test_a_scope_judges_an_address(
     outcome = judge(scope, tables(lists), parse_address(CLIENT), NOW)
     assert (outcome.scope, outcome.enforcement, outcome.reason) == ("global", enforcement, reason)
     assert outcome.denies is (reason in ("blocked", "not_allowlisted"))
-    assert (outcome.match and (outcome.match.list_name, str(outcome.match.entry.network))) == match
+    assert (outcome.match and (outcome.match.list_name, str(outcome.match.network))) == match
 
 
 @pytest.mark.parametrize(

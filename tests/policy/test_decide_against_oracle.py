@@ -62,21 +62,22 @@ def test_no_difference_in_many_cases_with_every_reason_a_thousand_times() -> Non
 
 
 FAULTS = {
-    "tie-goes-to-allow": ("access", ">= _length(allow)", "> _length(allow)"),
-    "expires-a-moment-late": ("access", "now < self.expires_at", "now <= self.expires_at"),
+    "tie-goes-to-allow": ("access", "block[0] >= allow[0]", "block[0] > allow[0]"),
+    "expires-a-moment-late": ("access", "if now < expiry:", "if now <= expiry:"),
     "expired-entry-ends-the-chain": (
         "access",
-        "                best = ListMatch(list_name, entry)\n                break",
-        "                best = ListMatch(list_name, entry)\n            break",
+        "                best = (prefix_length, expiry, list_name)\n                break",
+        "                best = (prefix_length, expiry, list_name)\n            break",
     ),
     "named-lists-ignored": ("access", "*self.allow_lists)", ")"),
-    "only-the-first-list-searched": ("access", "if best and prefix_length <= _length(best)", "if best"),
-    "of-equal-entries-the-last-list": ("access", "prefix_length <= _length(best)", "prefix_length < _length(best)"),
+    "only-the-first-list-searched": ("access", "if best and prefix_length <= best[0]", "if best"),
+    "of-equal-entries-the-last-list": ("access", "prefix_length <= best[0]", "prefix_length < best[0]"),
     "restricted-taken-for-open": ("access", "if scope.mode is Mode.RESTRICTED", "if scope.mode is None"),
-    "shortest-prefix-wins": (
+    "wider-networks-missed": ("networks", "row = parents[row]", "row = 0"),
+    "narrowest-network-missed": (
         "networks",
-        "sorted(by_length, reverse=True)",
-        "sorted(by_length)",
+        "row = bisect_right(self.keys, key, start, end)\n        if",
+        "row = bisect_left(self.keys, key, start, end)\n        if",
     ),
     "host-port-kept": ("access", 'else host.partition(":")[0]', "else host"),
     "suffix-host-without-dot": ("access", "host.endswith(pattern[1:])", "host.endswith(pattern[2:])"),

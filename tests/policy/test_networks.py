@@ -1,10 +1,12 @@
 """The match table is a linear scan, only faster, and never changes."""
 
+from array import array
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from authz_server.policy.addresses import Address, Network, parse_address, parse_network
-from authz_server.policy.networks import NetworkTable
+from authz_server.policy.networks import TYPE_CODES, Columns, ColumnsDraft, NetworkTable
 
 
 @st.composite
@@ -13,8 +15,8 @@ def networks(draw: st.DrawFn) -> Network:
     version = draw(st.sampled_from((4, 6)))
     bits = 32 if version == 4 else 128
     value = draw(st.sampled_from((0, 1 << (bits - 1), (1 << bits) - 1))) ^ draw(st.integers(0, 15))
-    value ^= draw(st.integers(0, 15)) << (bits - 8)
-    length = draw(st.sampled_from((0, 1, 4, 8, bits - 4, bits - 1, bits)))
+    value ^= draw(st.integers(0, 15)) << (bits - 8) ^ draw(st.integers(0, 3)) << (bits // 2 - 1)
+    length = draw(st.sampled_from((0, 1, 4, 8, bits // 2, bits // 2 + 1, bits - 4, bits - 1, bits)))
     return Network(version, value >> (bits - length) << (bits - length), length)
 
 
@@ -29,10 +31,10 @@ def boundaries(network: Network) -> list[Address]:
     return [Address(network.version, value) for value in values if 0 <= value < 1 << bits]
 
 
-def content(table: NetworkTable[int], probes: list[Network]) -> list[object]:
+def content(table: NetworkTable, probes: list[Network]) -> list[object]:
     return [
         len(table),
-        sorted(table.values()),
+        sorted(table.items()),
         *(table.get(network) for network in probes),
         *(list(table.match(address)) for network in probes for address in boundaries(network)),
     ]
@@ -40,7 +42,7 @@ def content(table: NetworkTable[int], probes: list[Network]) -> list[object]:
 
 @given(ITEMS, st.lists(networks(), max_size=5))
 def test_matching_is_a_linear_scan_longest_first(items: list[tuple[Network, int]], more: list[Network]) -> None:
-    table, scanned = NetworkTable[int].build(items), dict(items)
+    table, scanned = NetworkTable.build(items), dict(items)
     assert len(table) == len(scanned)
     for network in [*scanned, *more]:
         assert table.get(network) == scanned.get(network)
@@ -60,8 +62,8 @@ def test_changes_give_what_building_from_scratch_gives(
             result.pop(network, None)
         else:
             result[network] = value
-    changed = NetworkTable[int].build(items).with_changes(changes)
-    assert content(changed, probes) == content(NetworkTable[int].build(result.items()), probes)
+    changed = NetworkTable.build(items).with_changes(changes)
+    assert content(changed, probes) == content(NetworkTable.build(result.items()), probes)
 
 
 @given(ITEMS, CHANGES)
@@ -69,34 +71,86 @@ def test_a_table_in_use_never_changes(
     items: list[tuple[Network, int]], changes: list[tuple[Network, int | None]]
 ) -> None:
     probes = [network for network, _ in (*items, *changes)]
-    table = NetworkTable[int].build(items)
+    table = NetworkTable.build(items)
     before = content(table, probes)
     table.with_changes(changes)
     assert content(table, probes) == before
 
 
-def test_a_value_that_counts_as_false_is_found() -> None:
-    table = NetworkTable[int].build([(parse_network("0.0.0.0/0"), 0)])
+@given(st.lists(ITEMS, max_size=4), CHANGES)
+def test_tables_that_share_columns_do_not_see_each_other(
+    lists: list[list[tuple[Network, int]]], changes: list[tuple[Network, int | None]]
+) -> None:
+    probes = [network for items in [*lists, changes] for network, _ in items]
+    draft = ColumnsDraft()
+    places = [draft.add(items) for items in lists]
+    columns = draft.columns()
+    sections = columns.sections()
+    assert [section.itemsize for section in sections] == [array(code).itemsize for code in TYPE_CODES]
+    stored = Columns.from_sections(
+        [memoryview(section.tobytes()).cast(code) for section, code in zip(sections, TYPE_CODES, strict=True)]
+    )
+    for items, place in zip(lists, places, strict=True):
+        alone = NetworkTable.build(items)
+        for table in (NetworkTable(columns, *place), NetworkTable(stored, *place)):
+            assert content(table, probes) == content(alone, probes)
+            assert content(table.with_changes(changes), probes) == content(alone.with_changes(changes), probes)
+
+
+@given(ITEMS, st.lists(CHANGES, max_size=4))
+def test_a_change_taken_back_leaves_nothing(
+    items: list[tuple[Network, int]], changes: list[list[tuple[Network, int | None]]]
+) -> None:
+    table, original = NetworkTable.build(items), dict(items)
+    for some in changes:
+        table = table.with_changes(some)
+    touched = {network for some in changes for network, _ in some}
+    assert table.changes <= len(touched)
+    back = table.with_changes((network, original.get(network)) for network in touched)
+    assert (back.changes, sorted(back.items())) == (0, sorted(original.items()))
+
+
+def test_a_table_of_nothing_finds_nothing() -> None:
+    assert list(NetworkTable().match(parse_address("::"))) == []
+    assert (len(NetworkTable()), list(NetworkTable().items())) == (0, [])
+
+
+def test_an_expiry_in_1970_is_found() -> None:
+    table = NetworkTable.build([(parse_network("0.0.0.0/0"), 0)])
     assert list(table.match(parse_address("255.255.255.255"))) == [(0, 0)]
     assert list(table.match(parse_address("::"))) == []
 
 
-def test_a_large_layer_grows_and_shrinks_like_a_small_one() -> None:
-    """Large layers are kept in another way; both ways, and the passage between them, must look the same."""
+def test_a_thousand_networks_around_each_other_are_all_found() -> None:
+    """The deepest nest there can be: one network of every length."""
+    networks = [
+        parse_network(f"{'::' if bits == 128 else '0.0.0.0'}/{length}")
+        for bits in (32, 128)
+        for length in range(bits + 1)
+    ]
+    table = NetworkTable.build((network, 5) for network in networks)
+    assert [length for length, _ in table.match(parse_address("::"))] == list(range(128, -1, -1))
+    assert [length for length, _ in table.match(parse_address("0.0.0.0"))] == list(range(32, -1, -1))
+    assert [length for length, _ in table.match(parse_address("::1:0:0:1"))] == list(range(79, -1, -1))
+
+
+def test_many_changes_grow_and_shrink_like_few() -> None:
+    """Many are kept in another way; both ways, and the passage between them, must look the same."""
     networks = [Network(4, number << 8, 24) for number in range(10_000)]
-    table = NetworkTable[int]()
-    before: list[tuple[NetworkTable[int], int]] = []
+    table = NetworkTable.build((network, network.first) for network in networks[:500])
+    before: list[tuple[NetworkTable, int]] = []
     for start in range(0, len(networks), 1_000):
-        before.append((table, start))
+        before.append((table, max(start, 500)))
         table = table.with_changes((network, network.first) for network in networks[start : start + 1_000])
-    for number in (0, 1, 4_095, 4_096, 4_097, 9_999):
+    assert table.changes == 9_500
+    for number in (0, 1, 4_595, 4_596, 4_597, 9_999):
         address = Address(4, networks[number].first + 7)
         for older, size in [*before, (table, len(networks))]:
             assert len(older) == size
             assert list(older.match(address)) == ([(24, networks[number].first)] if number < size else [])
-    assert sorted(table.values()) == [network.first for network in networks]
+    assert sorted(table.items()) == [(network, network.first) for network in networks]
     for start in range(0, len(networks), 1_000):
         table = table.with_changes((network, None) for network in networks[start : start + 1_000])
-        assert sorted(table.values()) == [network.first for network in networks[start + 1_000 :]]
-    assert len(table) == 0
+        assert sorted(network for network, _ in table.items()) == networks[start + 1_000 :]
+    assert (len(table), table.changes) == (0, 500)
     assert list(table.match(Address(4, 7))) == []

@@ -301,13 +301,13 @@ class PolicyRoom:
 
 
 def _outcome(outcome: Any) -> Outcome:
-    entry = outcome.match and outcome.match.entry
+    match = outcome.match
     return Outcome(
         outcome.scope,
         str(outcome.enforcement),
         str(outcome.reason),
-        outcome.match.list_name if entry else None,
-        (entry.network.version, entry.network.first, entry.network.prefix_length) if entry else None,
+        match.list_name if match else None,
+        (match.network.version, match.network.first, match.network.prefix_length) if match else None,
     )
 
 

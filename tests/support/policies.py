@@ -81,9 +81,7 @@ def contents(snapshot: Snapshot) -> dict[str, Any]:
         "epoch": snapshot.epoch,
         "revision": snapshot.revision,
         "options": snapshot.options,
-        "tables": {
-            name: sorted(table.values(), key=lambda entry: entry.network) for name, table in snapshot.tables.items()
-        },
+        "tables": {name: sorted(table.items()) for name, table in snapshot.tables.items()},
         "named_lists": dict(snapshot.named_lists),
         "scopes": dict(snapshot.scopes),
         "resources": dict(snapshot.resources),
