@@ -247,7 +247,7 @@ FAULTS = {
     ),
     "unreadable-pin-forgotten": ("snapshot", "return Tenant(key.name, instance=None)", "return None"),
     "unreadable-instance-active": ("snapshot", "state=InstanceState.DOWN", "state=InstanceState.ACTIVE"),
-    "last-good-value-forgotten": ("snapshot", "if last_good and (kept := last_good.get(key)):", "if False:"),
+    "last-good-value-forgotten": ("snapshot", "if last_good is not None and len(snapshot.problems):", "if False:"),
 }
 """What is wrong -> (module, its right text, the wrong text)."""
 
