@@ -10,7 +10,7 @@ ENVOYS := 1.36.4 1.38.3
 GENERATED := authz_server/ext_authz/_generated
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-istio bench lint format types protos readme chart check-generated lock clean
+.PHONY: help setup demo test test-unit test-istio bench lint format types protos readme chart dashboard check-generated lock clean
 
 help: ## Show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -59,10 +59,13 @@ protos: $(READY) ## Generate the private protobuf package from protos/
 readme: $(READY) ## Write the settings' table of README.md
 	PYTHONPATH=tests $(BIN)/python -m support.readme
 
+dashboard: $(READY) ## Write the chart's Grafana dashboard from helm/dashboard.py
+	$(BIN)/python helm/dashboard.py > helm/authz-server/files/dashboard.json
+
 chart: $(READY) ## Write the chart's schema and table of values from its values.yaml and the settings
 	PYTHONPATH=tests $(BIN)/python -m support.chart
 
-check-generated: protos readme chart lock ## Fail when a generated file is not current
+check-generated: protos readme dashboard chart lock ## Fail when a generated file is not current
 	git diff --exit-code -- $(GENERATED) README.md helm requirements.txt requirements-build.txt requirements-dev.txt tests/istio/envoys
 
 lock: $(READY) ## Resolve exact versions with hashes (UPGRADE=--upgrade for newer ones)

@@ -97,7 +97,7 @@ class Metrics:
 
 
 class BusiestTenants(Collector):
-    """Checks a second of the tenants that had the most, over the last full window.
+    """Checks a second of the tenants that had the most, over the last full window (before there is one: so far).
 
     Only pinned tenants are counted, so that made-up tenant ids grow nothing, and only the busiest are shown, so that
     a million tenants do not become a million series.
@@ -107,7 +107,7 @@ class BusiestTenants(Collector):
         self._clock = clock
         self._counts: dict[str, int] = {}
         self._since = clock()
-        self._shown: list[tuple[str, float]] = []
+        self._full: list[tuple[str, float]] | None = None
 
     def count(self, tenant: str) -> None:
         """Count one check of a pinned tenant."""
@@ -121,16 +121,22 @@ class BusiestTenants(Collector):
         if elapsed >= WINDOW_SECONDS:
             counts, self._counts = self._counts, {}
             self._since = now
-            busiest = nlargest(BUSIEST_TENANTS, counts.items(), key=lambda item: item[1])
-            self._shown = [(tenant, count / elapsed) for tenant, count in busiest]
+            self._full = _busiest(counts, elapsed)
         family = GaugeMetricFamily(
             "authz_busiest_tenants_checks_per_second",
-            f"The {BUSIEST_TENANTS} pinned tenants with the most allowed checks in the last full minute.",
+            f"The {BUSIEST_TENANTS} pinned tenants with the most allowed checks, in the last full minute.",
             labels=("tenant",),
         )
-        for tenant, rate in self._shown:
+        # Right after the start there is no full window yet; what there is says more than nothing.
+        for tenant, rate in self._full if self._full is not None else _busiest(self._counts, elapsed):
             family.add_metric((tenant,), rate)
         yield family
+
+
+def _busiest(counts: dict[str, int], seconds: float) -> list[tuple[str, float]]:
+    # Of a copy, made in one step of the interpreter: checks in another thread may still add to the original.
+    busiest = nlargest(BUSIEST_TENANTS, dict(counts).items(), key=lambda item: item[1])
+    return [(tenant, count / max(seconds, 1.0)) for tenant, count in busiest]
 
 
 class StateCollector(Collector):

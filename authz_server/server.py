@@ -1,7 +1,8 @@
 """The composition root: builds the rooms, serves, and leaves in the right order.
 
 Leaving: not ready first, so that endpoints take us out; meanwhile go on answering; then finish what is in flight; then
-the follower and the store; the admin port last, so that it can be asked until the end. A second signal skips all that.
+the follower, the report of this server and the store; the admin port last, so that it can be asked until the end. A
+second signal skips all that.
 """
 
 import asyncio
@@ -9,7 +10,9 @@ import contextlib
 import logging
 import math
 import os
+import secrets
 import signal
+import socket
 import sys
 import threading
 import time
@@ -28,8 +31,9 @@ from authz_server.health import ComponentName, HealthState
 from authz_server.metrics import Metrics, StateCollector
 from authz_server.policy.snapshot import Snapshot
 from authz_server.refresher import Refresher, RefresherStatus
+from authz_server.replicas import Reporter
 from authz_server.settings import Settings, hide_password, parse_listen
-from authz_server.store.interface import Event
+from authz_server.store.interface import Event, Store
 from authz_server.store.redis_store import RedisStore
 
 EXIT_OK = 0
@@ -41,6 +45,10 @@ FAULT_SECONDS = 1.0
 _CANCEL_AGAIN_SECONDS = 0.1
 _LOG_CLOSE_SECONDS = 2.0
 """How long the decision log may take for its last lines."""
+_ANNOUNCE_SECONDS = 1.0
+"""How long the first load may wait for the first report; a store that hangs holds up nothing else."""
+_LEAVE_SECONDS = 1.0
+"""How long taking the report back may take at the end."""
 _RECORDS_LOGGED = 50
 """Of the records that a change touches, so many are named in the log; the store's history names all."""
 
@@ -76,11 +84,23 @@ async def _serve(settings: Settings, stopping: asyncio.Event, stack: AsyncExitSt
         metrics.observe_change(event.at, time.time())
         log_event(event)
 
+    reporter = _reporter(store, settings)
+    watch = StatusWatch(health, lambda: refresher.current)
+
+    def on_status(status: RefresherStatus) -> None:
+        watch(status)
+        if status.position:
+            reporter.applied(status.position)
+
+    async def follow() -> None:
+        await reporter.announced(at_most_seconds=_ANNOUNCE_SECONDS)
+        await refresher.run()
+
     refresher = Refresher(
         store,
         settings.decision_options(),
         on_event=on_event,
-        on_status=StatusWatch(health, lambda: refresher.current),
+        on_status=on_status,
         max_age_seconds=settings.max_snapshot_age_seconds,
     )
 
@@ -121,7 +141,9 @@ async def _serve(settings: Settings, stopping: asyncio.Event, stack: AsyncExitSt
     # C-core does not say why it cannot listen; the operating system does.
     open_socket(*parse_listen(settings.listen)).close()
     grpc_port = await transport.start()
-    follower = asyncio.create_task(refresher.run(), name="refresher")
+    reporting = asyncio.create_task(reporter.run(), name="reporter")
+    stack.push_async_callback(_leave, reporter, reporting)
+    follower = asyncio.create_task(follow(), name="refresher")
     stack.push_async_callback(_cancel, follower)
     stack.push_async_callback(transport.drain, settings.grace_seconds)
 
@@ -256,6 +278,27 @@ async def _cancel(task: asyncio.Task[None]) -> None:
     while not task.done():
         task.cancel()
         await asyncio.wait({task}, timeout=_CANCEL_AGAIN_SECONDS)
+
+
+async def _leave(reporter: Reporter, task: asyncio.Task[None]) -> None:
+    reporter.leave()
+    await asyncio.wait({task}, timeout=_LEAVE_SECONDS)
+    await _cancel(task)
+
+
+def _reporter(store: Store, settings: Settings) -> Reporter:
+    process = secrets.token_hex(4)
+
+    def on_problem(problem: str) -> None:
+        if problem:
+            _log.warning("not reported", problem=problem, consequence="`authzctl --wait` does not know of this server")
+        else:
+            _log.info("reporting", replica=reporter.replica)
+
+    reporter = Reporter(
+        store, settings.replica_name or f"{socket.gethostname()}-{process}", process, on_problem=on_problem
+    )
+    return reporter
 
 
 def _missing(health: HealthState) -> dict[str, str]:

@@ -72,6 +72,8 @@ _UNKNOWN_TO_ENVOY = (418, 425, 451)
 _REDIS_PREFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,62}", re.ASCII)
 """No braces: the prefix becomes the keys' hash tag."""
 
+_REPLICA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
+
 _SERVICE_LINK = re.compile(
     r"(.*_)?(SERVICE_HOST=.*|SERVICE_PORT(_.*)?=\d+|PORT=\w+://.*|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?=.*)",
     re.ASCII | re.DOTALL,
@@ -122,6 +124,12 @@ def _header_name(text: str) -> str:
 def _redis_prefix(text: str) -> str:
     if not _REDIS_PREFIX.fullmatch(text):
         raise ValueError(f"{text!r} is not a key prefix: use 1 to 63 letters, digits, '.', '_', ':', '-'")
+    return text
+
+
+def _replica_name(text: str) -> str:
+    if text and not _REPLICA_NAME.fullmatch(text):
+        raise ValueError(f"{text!r} is not a name for a server: use 1 to 128 letters, digits, '.', '_', '-'")
     return text
 
 
@@ -248,6 +256,11 @@ class Settings(BaseSettings):
     )
     redis_prefix: Annotated[str, _parsed_by(_redis_prefix)] = Field(
         "authz", description="Begins the names of all keys in the store"
+    )
+    replica_name: Annotated[str, _parsed_by(_replica_name)] = Field(
+        "",
+        description="Name of this server, its own, in `authzctl replica list`, such as the pod's; a restart under the "
+        "same name replaces what it reported before. Empty: the host's, and something random",
     )
 
     trusted_peers: Annotated[tuple[Peer, ...], BeforeValidator(_comma_separated)] = Field(

@@ -19,6 +19,7 @@ ROOMS_BELOW: dict[str, frozenset[str]] = {
     "store": frozenset({"policy"}),
     "ext_authz": frozenset({"policy", "health"}),
     "refresher": frozenset({"policy", "store"}),
+    "replicas": frozenset({"policy", "store"}),
     "health": frozenset({"policy"}),
     "metrics": frozenset({"policy", "refresher", "health", "store", "ext_authz"}),
     "decision_log": frozenset({"policy"}),

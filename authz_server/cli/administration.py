@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
+from authz_server.cli.acknowledgement import Acknowledgement
 from authz_server.cli.changes import (
     Effect,
     Known,
@@ -33,6 +34,7 @@ from authz_server.store.interface import (
     Event,
     EventRecord,
     NotInitialisedError,
+    Position,
     Store,
     StoredRecord,
     StoreUnavailableError,
@@ -66,8 +68,7 @@ class Done:
 
     action: str
     order: Order
-    epoch: str
-    revision: int
+    position: Position
     """Of the change; where nothing was to be done, of the policy that was read."""
     steps: tuple[Step, ...]
     changed: bool
@@ -75,6 +76,8 @@ class Done:
     repeated: bool = False
     """Whether this change id had been applied before, so that nothing was written now."""
     notes: tuple[str, ...] = ()
+    acknowledgement: Acknowledgement | None = None
+    """Which servers have it, when that was waited for."""
 
 
 async def first_look(store: Store) -> None:
@@ -102,7 +105,7 @@ async def initialise(store: Store, order: Order, *, if_missing: bool = False) ->
         if not if_missing:
             raise
         position = await store.position()
-        return Done("init", order, position.epoch, position.revision, (), changed=False)
+        return Done("init", order, position, (), changed=False)
     return _done("init", order, result, Plan((), ()))
 
 
@@ -147,7 +150,7 @@ async def carry_out(
         entries = (await load_snapshot(store, DecisionOptions())).entries
         plan = closing_concerns(plan, entries, order.now)
     if not plan.writes:
-        return Done(wish.action, order, position.epoch, position.revision, plan.steps, changed=False, notes=plan.notes)
+        return Done(wish.action, order, position, plan.steps, changed=False, notes=plan.notes)
     if plan.concerns:
         confirm(plan.concerns)
     change = Change(order.change_id, position.epoch, order.actor, order.reason, wish.action, plan.writes, plan.checks)
@@ -228,8 +231,7 @@ def _done(action: str, order: Order, result: WriteResult, plan: Plan) -> Done:
     return Done(
         action,
         order,
-        result.position.epoch,
-        result.position.revision,
+        result.position,
         plan.steps,
         changed=True,
         repeated=result.repeated,
@@ -239,7 +241,7 @@ def _done(action: str, order: Order, result: WriteResult, plan: Plan) -> Done:
 
 def _repeated(order: Order, event: Event) -> Done:
     steps = tuple(Step(record.key, _effect(record), record.record) for record in event.records)
-    return Done(event.action, order, event.position.epoch, event.position.revision, steps, changed=True, repeated=True)
+    return Done(event.action, order, event.position, steps, changed=True, repeated=True)
 
 
 def _effect(record: EventRecord) -> Effect:

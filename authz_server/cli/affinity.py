@@ -17,6 +17,7 @@ from authz_server.cli.session import (
     Reason,
     RedisUrl,
     Replace,
+    Wait,
     Yes,
     group_of,
     load,
@@ -46,6 +47,7 @@ def tenant_add(
     ] = None,
     actor: Actor = None,
     change_id: ChangeId = None,
+    wait: Wait = None,
     yes: Yes = False,
     output: Output = OutputFormat.TABLE,
     redis_url: RedisUrl = None,
@@ -53,7 +55,14 @@ def tenant_add(
 ) -> None:
     """Register a tenant and pin it to an instance."""
     with writing(
-        reason=reason, actor=actor, change_id=change_id, yes=yes, output=output, redis_url=redis_url, config=config
+        reason=reason,
+        actor=actor,
+        change_id=change_id,
+        wait=wait,
+        yes=yes,
+        output=output,
+        redis_url=redis_url,
+        config=config,
     ) as writer:
         tenant_id = writer.reader.read(inputs.named("a tenant"), tenant) or ""
         if instance is not None:
@@ -95,13 +104,21 @@ def instance_add(
     replace: Replace = False,
     actor: Actor = None,
     change_id: ChangeId = None,
+    wait: Wait = None,
     output: Output = OutputFormat.TABLE,
     redis_url: RedisUrl = None,
     config: Config = None,
 ) -> None:
     """Register an instance; it is active at once. With --replace, give one that is there another weight."""
     with writing(
-        reason=reason, actor=actor, change_id=change_id, yes=False, output=output, redis_url=redis_url, config=config
+        reason=reason,
+        actor=actor,
+        change_id=change_id,
+        wait=wait,
+        yes=False,
+        output=output,
+        redis_url=redis_url,
+        config=config,
     ) as writer:
         instance_name = writer.reader.read(inputs.named("an instance"), name) or ""
         writer.wish(AddInstance(instance_name, weight, replace))
@@ -140,6 +157,7 @@ def affinity_pin(
     reason: Reason,
     actor: Actor = None,
     change_id: ChangeId = None,
+    wait: Wait = None,
     yes: Yes = False,
     output: Output = OutputFormat.TABLE,
     redis_url: RedisUrl = None,
@@ -147,7 +165,14 @@ def affinity_pin(
 ) -> None:
     """Pin a tenant to an instance, and so register it. One that is pinned elsewhere is refused: see `affinity move`."""
     with writing(
-        reason=reason, actor=actor, change_id=change_id, yes=yes, output=output, redis_url=redis_url, config=config
+        reason=reason,
+        actor=actor,
+        change_id=change_id,
+        wait=wait,
+        yes=yes,
+        output=output,
+        redis_url=redis_url,
+        config=config,
     ) as writer:
         tenant_id = writer.reader.read(inputs.named("a tenant"), tenant) or ""
         name = writer.reader.read(inputs.named("an instance"), instance)
@@ -162,6 +187,7 @@ def affinity_move(
     reason: Reason,
     actor: Actor = None,
     change_id: ChangeId = None,
+    wait: Wait = None,
     yes: Yes = False,
     output: Output = OutputFormat.TABLE,
     redis_url: RedisUrl = None,
@@ -172,7 +198,14 @@ def affinity_move(
     Its requests are not held back: for a moment, replicas that have not heard of the move still use the old instance.
     """
     with writing(
-        reason=reason, actor=actor, change_id=change_id, yes=yes, output=output, redis_url=redis_url, config=config
+        reason=reason,
+        actor=actor,
+        change_id=change_id,
+        wait=wait,
+        yes=yes,
+        output=output,
+        redis_url=redis_url,
+        config=config,
     ) as writer:
         tenant_id = writer.reader.read(inputs.named("a tenant"), tenant) or ""
         name = writer.reader.read(inputs.named("an instance"), instance) or ""

@@ -33,6 +33,7 @@ from authz_server.cli.output import (
     print_table,
     record_json,
 )
+from authz_server.cli.replica import replica_app
 from authz_server.cli.session import (
     NAME,
     Actor,
@@ -46,6 +47,7 @@ from authz_server.cli.session import (
     RedisUrl,
     Replace,
     ScopeName,
+    Wait,
     Yes,
     group_of,
     load,
@@ -87,13 +89,21 @@ def init(
     if_missing: Annotated[bool, typer.Option("--if-missing", help="Exit code 0 also when a policy is there.")] = False,
     actor: Actor = None,
     change_id: ChangeId = None,
+    wait: Wait = None,
     output: Output = OutputFormat.TABLE,
     redis_url: RedisUrl = None,
     config: Config = None,
 ) -> None:
     """Create an empty policy; one that is there already is left as it is (exit code 1)."""
     with writing(
-        reason=reason, actor=actor, change_id=change_id, yes=False, output=output, redis_url=redis_url, config=config
+        reason=reason,
+        actor=actor,
+        change_id=change_id,
+        wait=wait,
+        yes=False,
+        output=output,
+        redis_url=redis_url,
+        config=config,
     ) as writer:
         writer.tell(partial(initialise, if_missing=if_missing))
 
@@ -117,13 +127,21 @@ def _side_group(side: Side) -> typer.Typer:
         replace: Replace = False,
         actor: Actor = None,
         change_id: ChangeId = None,
+        wait: Wait = None,
         yes: Yes = False,
         output: Output = OutputFormat.TABLE,
         redis_url: RedisUrl = None,
         config: Config = None,
     ) -> None:
         with writing(
-            reason=reason, actor=actor, change_id=change_id, yes=yes, output=output, redis_url=redis_url, config=config
+            reason=reason,
+            actor=actor,
+            change_id=change_id,
+            wait=wait,
+            yes=yes,
+            output=output,
+            redis_url=redis_url,
+            config=config,
         ) as writer:
             entries = writer.entries(networks, expires, owner)
             scope_name = writer.reader.read(parse_scope_name, scope) or ""
@@ -137,6 +155,7 @@ def _side_group(side: Side) -> typer.Typer:
         scope: ScopeName = "global",
         actor: Actor = None,
         change_id: ChangeId = None,
+        wait: Wait = None,
         output: Output = OutputFormat.TABLE,
         redis_url: RedisUrl = None,
         config: Config = None,
@@ -145,6 +164,7 @@ def _side_group(side: Side) -> typer.Typer:
             reason=reason,
             actor=actor,
             change_id=change_id,
+            wait=wait,
             yes=False,
             output=output,
             redis_url=redis_url,
@@ -197,6 +217,7 @@ def list_add(
     replace: Replace = False,
     actor: Actor = None,
     change_id: ChangeId = None,
+    wait: Wait = None,
     yes: Yes = False,
     output: Output = OutputFormat.TABLE,
     redis_url: RedisUrl = None,
@@ -207,7 +228,14 @@ def list_add(
     --owner is of the networks if there are any, and else of the list.
     """
     with writing(
-        reason=reason, actor=actor, change_id=change_id, yes=yes, output=output, redis_url=redis_url, config=config
+        reason=reason,
+        actor=actor,
+        change_id=change_id,
+        wait=wait,
+        yes=yes,
+        output=output,
+        redis_url=redis_url,
+        config=config,
     ) as writer:
         list_name = writer.reader.read(inputs.named("a list"), name) or ""
         entries = writer.entries(networks or (), expires, owner)
@@ -226,13 +254,21 @@ def list_remove(
     reason: Reason,
     actor: Actor = None,
     change_id: ChangeId = None,
+    wait: Wait = None,
     output: Output = OutputFormat.TABLE,
     redis_url: RedisUrl = None,
     config: Config = None,
 ) -> None:
     """Take networks out of a named list; the list stays."""
     with writing(
-        reason=reason, actor=actor, change_id=change_id, yes=False, output=output, redis_url=redis_url, config=config
+        reason=reason,
+        actor=actor,
+        change_id=change_id,
+        wait=wait,
+        yes=False,
+        output=output,
+        redis_url=redis_url,
+        config=config,
     ) as writer:
         list_name = writer.reader.read(inputs.named("a list"), name) or ""
         writer.wish(RemoveFromList(list_name, inputs.networks(writer.reader, networks)))
@@ -277,13 +313,21 @@ def resource_add(
     replace: Replace = False,
     actor: Actor = None,
     change_id: ChangeId = None,
+    wait: Wait = None,
     output: Output = OutputFormat.TABLE,
     redis_url: RedisUrl = None,
     config: Config = None,
 ) -> None:
     """Register a part of the site; its scope is resource:NAME. --restricted closes it in the same change."""
     with writing(
-        reason=reason, actor=actor, change_id=change_id, yes=False, output=output, redis_url=redis_url, config=config
+        reason=reason,
+        actor=actor,
+        change_id=change_id,
+        wait=wait,
+        yes=False,
+        output=output,
+        redis_url=redis_url,
+        config=config,
     ) as writer:
         reader = writer.reader
         resource = Resource(
@@ -316,6 +360,7 @@ def scope_set(
     no_block_lists: Annotated[bool, typer.Option("--no-block-lists", help="Block no named list any more.")] = False,
     actor: Actor = None,
     change_id: ChangeId = None,
+    wait: Wait = None,
     yes: Yes = False,
     output: Output = OutputFormat.TABLE,
     redis_url: RedisUrl = None,
@@ -323,7 +368,14 @@ def scope_set(
 ) -> None:
     """Set what a scope does. What is not given stays as it is."""
     with writing(
-        reason=reason, actor=actor, change_id=change_id, yes=yes, output=output, redis_url=redis_url, config=config
+        reason=reason,
+        actor=actor,
+        change_id=change_id,
+        wait=wait,
+        yes=yes,
+        output=output,
+        redis_url=redis_url,
+        config=config,
     ) as writer:
         reader = writer.reader
         scope_name = reader.read(parse_scope_name, scope) or ""
@@ -382,6 +434,7 @@ app.add_typer(instance_app, name="instance")
 app.add_typer(affinity_app, name="affinity")
 app.add_typer(resource_app, name="resource")
 app.add_typer(scope_app, name="scope")
+app.add_typer(replica_app, name="replica")
 
 
 async def _load_lists(store: Store) -> tuple[Snapshot, dict[str, int]]:

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 EXIT_CODES = (
     "Exit codes: 0 done (or it was so already); 1 refused, in conflict or not found: nothing was changed; "
-    "2 bad usage or input; 3 the store is unavailable or not initialised; 130 interrupted. "
+    "2 bad usage or input; 3 the store is unavailable or not initialised; 4 written, and not every server is known to "
+    "have it (--wait); 130 interrupted. "
     "Also 1, with a word on what was done, if the output cannot be written."
 )
 
@@ -88,6 +89,25 @@ class InterruptedWriteError(UnknownOutcomeError):
 
     def __init__(self, change_id: str) -> None:
         super().__init__(change_id, "interrupted before the answer came")
+
+
+class NotAcknowledgedError(AuthzctlError):
+    """The change is written, and not every server is known to have it."""
+
+    exit_code = 4
+    kind = "not_acknowledged"
+
+
+class InterruptedWaitError(NotAcknowledgedError):
+    """The change is written; somebody interrupted the wait for the servers."""
+
+    exit_code = 130
+
+
+class ChangeLostError(AuthzctlError):
+    """The change was written, and the store's history no longer has it: a failover, or a restored backup."""
+
+    kind = "change_lost"
 
 
 class OutputLostError(AuthzctlError):

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 
@@ -14,6 +14,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from authz_server.cli.acknowledgement import Acknowledgement
 from authz_server.cli.administration import Done
 from authz_server.cli.changes import Effect, Step
 from authz_server.cli.failures import AuthzctlError, OutputLostError
@@ -29,6 +30,9 @@ Json = str | int | float | bool | None | Sequence["Json"] | Mapping[str, "Json"]
 
 _UNWRAPPED_WIDTH = 10_000
 """Columns where nobody looks: output that goes to a file or a pipe is not to be cut."""
+
+_NAMED = 5
+"""Servers that a line names; more are counted."""
 
 _WORD_KEPT = 24
 """Columns of a word that a narrow terminal does not break: a time fits."""
@@ -127,14 +131,34 @@ def _print_done_for_people(done: Done) -> None:
     for note in done.notes:
         console.print(Text.assemble(("note: ", "yellow"), plain(note)))
     console.print(plain(_summary(done)))
+    if done.acknowledgement and done.acknowledgement.complete:
+        count = len(done.acknowledgement.acknowledged)
+        console.print("The only server decides by it." if count == 1 else f"All {count} servers decide by it.")
+
+
+@contextmanager
+def waiting_shown(output: OutputFormat) -> Iterator[Callable[[Acknowledgement], None]]:
+    """Show on a terminal for whom a command waits, as long as it does."""
+    console = _console(stderr=True)
+    if output is not OutputFormat.TABLE or not console.is_terminal:
+        yield lambda _: None
+        return
+    with console.status("Waiting for the servers") as status:
+
+        def show(told: Acknowledgement) -> None:
+            names = ", ".join(lagging.replica for lagging in told.lagging[:_NAMED])
+            more = f" and {len(told.lagging) - _NAMED} more" if len(told.lagging) > _NAMED else ""
+            status.update(plain(f"Waiting for {names}{more}" if names else f"Waiting: {told.problem}"))
+
+        yield show
 
 
 def _summary(done: Done) -> str:
     if not done.changed:
-        return f"Nothing to do for {done.action}: it is so already (revision {done.revision})."
+        return f"Nothing to do for {done.action}: it is so already (revision {done.position.revision})."
     if done.repeated:
-        return f"{done.action} was applied before, as revision {done.revision}; nothing was written now."
-    return f"Done: {done.action} is revision {done.revision}, change id {done.order.change_id}."
+        return f"{done.action} was applied before, as revision {done.position.revision}; nothing was written now."
+    return f"Done: {done.action} is revision {done.position.revision}, change id {done.order.change_id}."
 
 
 def done_json(done: Done) -> dict[str, Json]:
@@ -143,8 +167,8 @@ def done_json(done: Done) -> dict[str, Json]:
         "action": done.action,
         "changed": done.changed,
         "repeated": done.repeated,
-        "epoch": done.epoch,
-        "revision": done.revision,
+        "epoch": done.position.epoch,
+        "revision": done.position.revision,
         "change_id": done.order.change_id if done.changed else None,
         "actor": done.order.actor,
         "reason": done.order.reason,
@@ -158,6 +182,19 @@ def done_json(done: Done) -> dict[str, Json]:
             for step in done.steps
         ],
         "notes": list(done.notes),
+        "servers": acknowledgement_json(done.acknowledgement),
+    }
+
+
+def acknowledgement_json(told: Acknowledgement | None) -> dict[str, Json] | None:
+    """Return which servers have a change; None when nobody waited for them."""
+    if told is None:
+        return None
+    return {
+        "complete": told.complete,
+        "acknowledged": list(told.acknowledged),
+        "lagging": [{"server": lagging.replica, "why": lagging.why} for lagging in told.lagging],
+        "problem": told.problem or None,
     }
 
 

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, TypeVar
 from urllib.parse import urlsplit
@@ -17,21 +17,25 @@ import typer
 from pydantic import SecretStr
 
 from authz_server.cli import inputs
+from authz_server.cli.acknowledgement import Acknowledgement, wait_for_servers
 from authz_server.cli.administration import Done, Order, carry_out, first_look, load_snapshot
 from authz_server.cli.changes import Wish
 from authz_server.cli.failures import (
     EXIT_CODES,
     AuthzctlError,
     BadInputError,
+    ChangeLostError,
     ConfirmationNeededError,
+    InterruptedWaitError,
     NoPolicyError,
     NoStoreError,
+    NotAcknowledgedError,
     RefusedError,
     StoreNotUsableError,
     UnknownOutcomeError,
 )
 from authz_server.cli.inputs import Reader
-from authz_server.cli.output import Json, OutputFormat, print_concerns, print_done, print_failure
+from authz_server.cli.output import Json, OutputFormat, print_concerns, print_done, print_failure, waiting_shown
 from authz_server.policy.access import Entry
 from authz_server.policy.snapshot import DecisionOptions, Snapshot
 from authz_server.settings import HIDDEN, Settings, SettingsError, load_settings
@@ -75,6 +79,15 @@ Actor = Annotated[
 ChangeId = Annotated[
     str | None,
     typer.Option("--change-id", help="Chosen by a script that may have to send this again. Without: a random one."),
+]
+Wait = Annotated[
+    float | None,
+    typer.Option(
+        "--wait",
+        metavar="SECONDS",
+        min=0,
+        help="Then wait so long, at most, until every server decides by it; exit code 4 if one may not.",
+    ),
 ]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Confirm what is dangerous, instead of being asked.")]
 Output = Annotated[OutputFormat, typer.Option("--output", "-o", help="How to print.")]
@@ -160,6 +173,7 @@ class Writer:
     reason: str
     change_id: str
     resent: bool
+    wait: float | None
     yes: bool
     now: float
 
@@ -188,7 +202,18 @@ class Writer:
         """Act on the store, once the input is known to be good, and print what became of it."""
         self.reader.done()
         order = Order(self.actor, self.reason, self.change_id, self.resent, self.now)
-        print_done(self.session.ask(lambda store: act(store, order)), self.session.output)
+        done = self.session.ask(lambda store: self._act(store, act, order))
+        print_done(done, self.session.output)
+        if done.acknowledgement and not done.acknowledgement.complete:
+            raise _not_acknowledged(done, done.acknowledgement)
+
+    async def _act(self, store: Store, act: Callable[[Store, Order], Awaitable[Done]], order: Order) -> Done:
+        done = await act(store, order)
+        if self.wait is None:
+            return done
+        with waiting_shown(self.session.output) as show:
+            told = await wait_for_servers(store, done.position, seconds=self.wait, on_progress=show)
+        return replace(done, acknowledgement=told)
 
     def _confirm(self, concerns: tuple[str, ...]) -> None:
         if self.yes:
@@ -225,6 +250,7 @@ def writing(
     reason: str,
     actor: str | None,
     change_id: str | None,
+    wait: float | None,
     yes: bool,
     output: OutputFormat,
     redis_url: str | None,
@@ -241,9 +267,26 @@ def writing(
             reason=reader.read(inputs.line("--reason", required=True), reason) or "",
             change_id=given_id or str(uuid.uuid4()),
             resent=change_id is not None,
+            wait=wait,
             yes=yes,
             now=time.time(),
         )
+
+
+def _not_acknowledged(done: Done, told: Acknowledgement) -> AuthzctlError:
+    what = f"revision {done.position.revision}"
+    if told.lost:
+        return ChangeLostError([f"{what} was written and is lost since: {told.problem}. Look, and send it again"])
+    problems = [f"{what} is written, and it is not known which servers have it: {told.problem}"] if told.problem else []
+    problems += [f"{lagging.replica} does not have {what}: {lagging.why}" for lagging in told.lagging]
+    hints = [
+        "`authzctl replica list` shows all servers; `authzctl replica forget NAME` is for one that is gone for good"
+    ]
+    if told.interrupted:
+        return InterruptedWaitError(
+            problems or [f"{what} is written; interrupted while waiting for the servers"], hints
+        )
+    return NotAcknowledgedError(problems, hints)
 
 
 def _command_again(change_id: str) -> str:

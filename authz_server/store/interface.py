@@ -14,6 +14,12 @@ from authz_server.policy.records import Record, RecordKey, Unreadable
 MAX_WRITES_PER_CHANGE = 1000
 """A change is one script in Redis, and no script may hold Redis up for more than some milliseconds."""
 
+SILENT_SECONDS = 30.0
+"""A server reports at least every ten seconds; after so many without a word nobody knows what it decides by."""
+
+VANISHED_SECONDS = 3600.0
+"""A server that has been silent for so long is no longer counted, and its report may be removed."""
+
 
 class StoreError(Exception):
     """Something about the store that people have to know; the message says what and how to mend it."""
@@ -265,6 +271,43 @@ class Durability:
         return " and ".join(parts)
 
 
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a server says of itself."""
+
+    replica: str
+    """Its name, which no other server has."""
+    process: str
+    """Random, chosen once at the start of the process."""
+    started_at: float
+    """By the server's own clock, seconds since the Unix epoch."""
+    position: Position | None
+    """What it decides by; None: it has no policy yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """A server as the store knows it."""
+
+    name: str
+    report: Report | None
+    """None: it cannot be read."""
+    silent_seconds: float
+    """How long ago it reported, by the store's own clock; 0 if that cannot be read."""
+    problem: str = ""
+    """Why the report cannot be read; names the offending text."""
+
+    @property
+    def unknown(self) -> bool:
+        """Whether nobody knows what it decides by: it may be gone, or cut off and serving."""
+        return self.report is None or self.silent_seconds > SILENT_SECONDS
+
+    @property
+    def vanished(self) -> bool:
+        """Whether it has been silent for so long that it no longer counts."""
+        return self.report is not None and self.silent_seconds > VANISHED_SECONDS
+
+
 class Store(Protocol):
     """Policy at rest.
 
@@ -358,6 +401,19 @@ class Store(Protocol):
 
     async def find_change(self, change_id: str) -> Event | None:
         """Return the event of a change id that was applied; None when it is not known, or no longer."""
+
+    async def report(self, report: Report, *, take_over: bool) -> bool:
+        """Put down what a server says of itself, in place of what stood there under its name.
+
+        It needs no policy, and changes none. Returns False, and writes nothing, when another process has reported
+        under this name, unless it is to be taken over (the name is that process's successor's).
+        """
+
+    async def replicas(self) -> list[Replica]:
+        """Return every server that has reported and was not forgotten, by name; it needs no policy."""
+
+    async def forget(self, replica: str) -> bool:
+        """Remove the report of a server, and tell whether there was one."""
 
     async def close(self) -> None:
         """Close the connections."""

@@ -30,10 +30,14 @@ from authz_server.policy.affinity import MAX_WEIGHT, Instance, InstanceState, Te
 from authz_server.policy.identifiers import parse_identifier
 from authz_server.policy.paths import parse_path_pattern
 from authz_server.policy.records import Record, RecordKey, RecordKind, Unreadable
-from authz_server.store.interface import Change, EventRecord
+from authz_server.store.interface import Change, EventRecord, Position, Replica, Report
 
 ENTRIES = "entries:"
 """What the collection of a list's entries begins with."""
+
+REPLICAS = "replicas"
+"""The hash in which servers report what they have applied: server -> JSON. The only key that a server writes to, and
+no part of the policy."""
 
 NAMED_COLLECTIONS = {
     RecordKind.LIST: "lists",
@@ -51,6 +55,8 @@ _COUNT = re.compile(r"([0-9]+) ([0-9]+) ([0-9]+)", re.ASCII)
 _KINDS = {name: kind for kind, name in NAMED_COLLECTIONS.items()}
 _LATEST_SECOND = 253_402_300_799
 """9999-12-31T23:59:59Z, the last second that calendars print with four digits."""
+_LARGEST_REVISION = 1 << 53
+"""Lua counts in double precision."""
 
 T = TypeVar("T")
 
@@ -207,6 +213,44 @@ def parse_event_records(text: str) -> tuple[EventRecord, ...]:
     except (TypeError, RecursionError) as error:
         raise ValueError(f"{text[:200]!r} are not the records of an event: {error}") from None
     return tuple(records)
+
+
+def encode_report(report: Report, now: float) -> str:
+    """Return the text of a server's report, made at `now` by the store's clock."""
+    position = report.position
+    fields = {
+        "process": report.process,
+        "started_at": round(report.started_at, 3),
+        "at": round(now, 3),
+        "epoch": position.epoch if position else None,
+        "revision": position.revision if position else None,
+        "change": position.change_id if position else None,
+    }
+    present = {name: value for name, value in fields.items() if value is not None}
+    return json.dumps(present, separators=(",", ":"), sort_keys=True)
+
+
+def reported_by(report: Report, text: str) -> bool:
+    """Tell whether the text is a report of the same process; one that cannot be read may be overwritten."""
+    earlier = decode_report(report.replica, text, 0.0).report
+    return earlier is None or earlier.process == report.process
+
+
+def decode_report(name: str, text: str, now: float) -> Replica:
+    """Read a server's report at `now` by the store's clock; one that cannot be read says so, and still counts."""
+    try:
+        fields = _Fields(_json_object(text))
+        process, started_at = fields.take("process", _text), fields.take("started_at", _moment)
+        at = fields.take("at", _moment)
+        epoch = fields.take_optional("epoch", _text)
+        position = None
+        if epoch is not None:
+            revision = fields.take("revision", lambda value: _integer(value, 1, _LARGEST_REVISION))
+            position = Position(epoch, revision, fields.take("change", _text))
+        fields.end()
+    except _ProblemError as problem:
+        return Replica(name, None, 0.0, str(problem))
+    return Replica(name, Report(name, process, started_at, position), max(0.0, now - at))
 
 
 class _Fields:
@@ -385,6 +429,12 @@ def _integer(value: Any, low: int, high: int) -> int:
 
 def _second(value: Any) -> int:
     return _integer(value, 0, _LATEST_SECOND)
+
+
+def _moment(value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= _LATEST_SECOND:
+        raise ValueError(f"{value!r} is not a time in seconds since 1970")
+    return float(value)
 
 
 def _weight(value: Any) -> int:

@@ -27,6 +27,8 @@ from authz_server.store.interface import (
     NotInitialisedError,
     Position,
     PositionLostError,
+    Replica,
+    Report,
     StoredRecord,
     StoreUnavailableError,
     VerifiedCounts,
@@ -38,8 +40,11 @@ from authz_server.store.keys import (
     change_digest,
     collection,
     decode_record,
+    decode_report,
     encode_readable,
+    encode_report,
     record_key_of,
+    reported_by,
     share,
 )
 
@@ -63,6 +68,8 @@ class MemoryStore:
         """Collection -> sum of the shares of the records that changes have left there."""
         self.events: list[Event] = []
         """The newest last; the last one is where the policy stands. Empty: there is none."""
+        self.reports: dict[str, str] = {}
+        """Server -> the text of its report."""
         self.available = True
         """False: every method raises StoreUnavailableError, as if the connection were cut."""
         self._clock = clock
@@ -249,6 +256,26 @@ class MemoryStore:
         """See `Store.find_change`."""
         await self.position()
         return next((event for event in self.events if event.position.change_id == change_id), None)
+
+    async def report(self, report: Report, *, take_over: bool) -> bool:
+        """See `Store.report`."""
+        self._check_available()
+        before = self.reports.get(report.replica)
+        if before is not None and not take_over and not reported_by(report, before):
+            return False
+        self.reports[report.replica] = encode_report(report, self._clock())
+        return True
+
+    async def replicas(self) -> list[Replica]:
+        """See `Store.replicas`."""
+        self._check_available()
+        now = self._clock()
+        return [decode_report(name, self.reports[name], now) for name in sorted(self.reports)]
+
+    async def forget(self, replica: str) -> bool:
+        """See `Store.forget`."""
+        self._check_available()
+        return self.reports.pop(replica, None) is not None
 
     async def close(self) -> None:
         """See `Store.close`."""

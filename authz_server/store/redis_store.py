@@ -7,8 +7,8 @@ Keys, all under one hash tag so that a script may touch them together in a clust
     {authz}:lists, :scopes ...  hash    a collection (see `keys`): field -> JSON
     {authz}:changes             stream  one event for each revision N, under the id N-0
     {authz}:change:<change id>  string  the result of a change, kept for a day
-
     {authz}:changes:until:...   stream  events that a confirmed incident set aside
+    {authz}:replicas            hash    server -> what it has applied, and when (the only key that servers write to)
 
 Every write is one script that compares before it sets. redis-py sends a command again when the connection broke
 before the reply; the change id makes that harmless. No command works on more than some thousand records.
@@ -48,6 +48,8 @@ from authz_server.store.interface import (
     NotInitialisedError,
     Position,
     PositionLostError,
+    Replica,
+    Report,
     StoredRecord,
     StoreError,
     StoreRefusedError,
@@ -58,17 +60,21 @@ from authz_server.store.interface import (
 )
 from authz_server.store.keys import (
     NAMED_COLLECTIONS,
+    REPLICAS,
     SUM_MODULUS,
     Count,
     change_digest,
     collection,
     decode_record,
+    decode_report,
     encode_event_records,
     encode_readable,
+    encode_report,
     is_collection,
     parse_count,
     parse_event_records,
     record_key_of,
+    reported_by,
     share,
 )
 
@@ -601,6 +607,33 @@ class RedisStore:
         except ValueError as error:
             raise self._inconsistent(f"an event in the change stream: {error}") from None
 
+    async def report(self, report: Report, *, take_over: bool) -> bool:
+        """See `Store.report`. No script: a server needs no more than the right to HGET and HSET this one key."""
+        key = self._key(REPLICAS)
+        with self._errors():
+            async with self._client.pipeline(transaction=False) as pipe:
+                pipe.time()
+                pipe.hget(key, report.replica)
+                now, before = await pipe.execute()
+            if before is not None and not take_over and not reported_by(report, before):
+                return False
+            await self._client.hset(key, report.replica, encode_report(report, _seconds(now)))
+        return True
+
+    async def replicas(self) -> list[Replica]:
+        """See `Store.replicas`."""
+        with self._errors():
+            async with self._client.pipeline(transaction=False) as pipe:
+                pipe.hgetall(self._key(REPLICAS))
+                pipe.time()
+                texts, now = await pipe.execute()
+        return [decode_report(name, texts[name], _seconds(now)) for name in sorted(texts)]
+
+    async def forget(self, replica: str) -> bool:
+        """See `Store.forget`."""
+        with self._errors():
+            return bool(await self._client.hdel(self._key(REPLICAS), replica))
+
     async def close(self) -> None:
         """See `Store.close`."""
         await self._client.aclose()
@@ -746,6 +779,11 @@ def _position_of(result: str, change_id: str) -> Position:
 def _parts(lines: list[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
     for start in range(0, len(lines), _SCAN_COUNT):
         yield lines[start : start + _SCAN_COUNT]
+
+
+def _seconds(time: tuple[int, int]) -> float:
+    """Return the reply of TIME (seconds and microseconds) as seconds."""
+    return time[0] + time[1] / 1e6
 
 
 def _event(entry_id: str, fields: Mapping[str, str]) -> Event:

@@ -30,7 +30,7 @@ from authz_server.policy.addresses import parse_network
 from authz_server.policy.decision import Allowed, decide
 from authz_server.policy.snapshot import Snapshot, build_snapshot
 from authz_server.settings import load_settings
-from authz_server.store.interface import Change, StoreUnavailableError, Write, WriteResult
+from authz_server.store.interface import Change, Position, Report, StoreUnavailableError, Write, WriteResult
 from authz_server.store.redis_store import RedisStore
 
 pytestmark = pytest.mark.integration
@@ -160,6 +160,7 @@ def test_the_json_of_a_write_has_stable_keys(policy: str) -> None:
     shown = write("allow", "add", "203.0.113.7", "--expires", "2099-12-31T00:00:00Z", "-o", "json").json
     assert set(shown) == {
         "action", "changed", "repeated", "epoch", "revision", "change_id", "actor", "reason", "records", "notes",
+        "servers",
     }  # fmt: skip
     assert (shown["action"], shown["revision"], shown["actor"], shown["reason"]) == ("allow.add", 2, "alice", "a test")
     (record,) = shown["records"]
@@ -609,7 +610,18 @@ def test_a_write_needs_a_reason(policy: str) -> None:
     assert "--reason" in ran.err
 
 
-HELP = ["", "init", "explain", "allow", "allow add", "block remove", "list add", "tenant add", "scope set"]
+HELP = [
+    "",
+    "init",
+    "explain",
+    "allow",
+    "allow add",
+    "block remove",
+    "list add",
+    "tenant add",
+    "scope set",
+    "replica list",
+]
 
 
 @pytest.mark.parametrize("command", HELP)
@@ -617,3 +629,50 @@ def test_every_help_names_the_exit_codes(command: str) -> None:
     shown = run(*command.split(), "--help")
     assert shown.code == 0
     assert "Exit codes" in shown.out
+
+
+# Servers, and waiting for them
+
+
+def put_report(valkey: Valkey, policy: str, name: str, position: Position | None) -> None:
+    report = Report(name, "p", 1_700_000_000.0, position)
+    with_store(valkey, policy, lambda store: store.report(report, take_over=True))
+
+
+def test_servers_are_listed_and_forgotten(valkey: Valkey, policy: str) -> None:
+    assert "No server has reported." in run("replica", "list").out
+    now = with_store(valkey, policy, lambda store: store.position())
+    put_report(valkey, policy, "pod-a", now)
+    put_report(valkey, policy, "pod-b", None)
+    shown = run("replica", "list").out
+    assert "revision 1, the newest" in shown
+    assert "no policy yet" in shown
+    first, second = run("replica", "list", "-o", "json").json["servers"]
+    assert (first["server"], first["state"], first["newest"], first["revision"]) == ("pod-a", "reporting", True, 1)
+    assert (second["server"], second["newest"], second["revision"]) == ("pod-b", False, None)
+    assert "it runs" in run("replica", "forget", "pod-a").err
+    assert run("replica", "forget", "pod-c").code == 1
+    assert run("replica", "forget", "pod-a", "--yes").out == "Forgotten: pod-a.\n"
+    assert len(run("replica", "list", "-o", "json").json["servers"]) == 1
+
+
+def test_wait_is_a_yes_only_when_all_have_it(valkey: Valkey, policy: str) -> None:
+    ran = write("block", "add", "203.0.113.1", "--wait", "0", code=4)
+    assert "Done: block.add is revision 2" in ran.out
+    assert "no server has reported" in ran.err
+    put_report(valkey, policy, "pod-a", with_store(valkey, policy, lambda store: store.position()))
+    ran = write("block", "add", "203.0.113.1", "--wait", "0")
+    assert "Nothing to do" in ran.out
+    assert "The only server decides by it." in ran.out
+
+    ran = write("block", "add", "203.0.113.2", "--wait", "0.1", "-o", "json", code=4)
+    assert ran.json["servers"] == {
+        "complete": False,
+        "acknowledged": [],
+        "lagging": [{"server": "pod-a", "why": "it decides by revision 2"}],
+        "problem": None,
+    }
+    assert ran.error["error"] == "not_acknowledged"
+    ran = write("block", "add", "203.0.113.3", "--wait", "0.1", code=4)
+    assert "pod-a does not have revision 4: it decides by revision 2" in ran.err
+    assert "authzctl replica forget" in ran.err

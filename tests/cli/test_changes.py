@@ -109,7 +109,7 @@ async def test_init_creates_an_empty_policy_once() -> None:
     store = MemoryStore()
     desk = Desk(store)
     done = await initialise(store, desk.order("first"))
-    assert (done.action, done.revision, done.changed, done.repeated) == ("init", 1, True, False)
+    assert (done.action, done.position.revision, done.changed, done.repeated) == ("init", 1, True, False)
     assert (await initialise(store, desk.order("first"))).repeated
     with pytest.raises(AlreadyInitialisedError):
         await initialise(store, desk.order("second"))
@@ -117,7 +117,7 @@ async def test_init_creates_an_empty_policy_once() -> None:
 
 async def test_a_change_says_what_was_done_and_stands_in_the_history(desk: Desk) -> None:
     done = await desk.do(block("203.0.113.0/24", "2001:db8::/48"))
-    assert (done.action, done.revision, done.changed, done.repeated) == ("block.add", 2, True, False)
+    assert (done.action, done.position.revision, done.changed, done.repeated) == ("block.add", 2, True, False)
     assert [(step.effect, str(step.key)) for step in done.steps] == [
         (Effect.ADDED, "entry 203.0.113.0/24 in list global/block"),
         (Effect.ADDED, "entry 2001:db8::/48 in list global/block"),
@@ -133,7 +133,11 @@ async def test_a_change_says_what_was_done_and_stands_in_the_history(desk: Desk)
 async def test_what_is_there_already_stays_and_is_told(desk: Desk) -> None:
     await desk.do(block("203.0.113.0/24"))
     done = await desk.do(AddToScope(Side.BLOCK, "global", (entry("203.0.113.0/24", reason="another word"),)))
-    assert (done.changed, done.revision, [step.effect for step in done.steps]) == (False, 2, [Effect.UNCHANGED])
+    assert (done.changed, done.position.revision, [step.effect for step in done.steps]) == (
+        False,
+        2,
+        [Effect.UNCHANGED],
+    )
     assert done.steps[0].record == entry("203.0.113.0/24")
 
 
@@ -490,7 +494,7 @@ async def test_a_change_sent_again_is_applied_once_and_told_so(desk: Desk) -> No
     first = await desk.do(block("203.0.113.0/24"), change_id="c-1")
     await desk.do(block("198.51.100.0/24"))
     again = await desk.do(block("203.0.113.0/24"), change_id="c-1")
-    assert (again.repeated, again.revision, again.epoch) == (True, first.revision, first.epoch)
+    assert (again.repeated, again.position) == (True, first.position)
     assert [(step.key, step.effect, step.record) for step in again.steps] == [
         (step.key, step.effect, step.record) for step in first.steps
     ]
@@ -645,4 +649,4 @@ async def test_after_a_broken_connection_the_same_change_id_settles_it(arrives: 
     with pytest.raises(UnknownOutcomeError, match="not known whether") as caught:
         await desk.do(block("203.0.113.0/24"))
     again = await desk.do(block("203.0.113.0/24"), change_id=caught.value.change_id)
-    assert (again.changed, again.repeated, again.revision) == (True, arrives, 2)
+    assert (again.changed, again.repeated, again.position.revision) == (True, arrives, 2)

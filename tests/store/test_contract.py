@@ -1,7 +1,9 @@
 """What every store does. Each test runs on the memory store and on a real Valkey."""
 
 import asyncio
+import re
 import secrets
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any, Protocol
@@ -25,7 +27,9 @@ from authz_server.store.interface import (
     Finding,
     InconsistentStateError,
     NotInitialisedError,
+    Position,
     PositionLostError,
+    Report,
     Store,
     Write,
 )
@@ -44,6 +48,8 @@ class Backdoor(Protocol):
     async def trim(self, keep: int) -> None: ...
 
     async def wipe(self) -> None: ...
+
+    async def rewrite_report(self, replica: str, old: str, new: str) -> None: ...
 
 
 class MemoryBackdoor:
@@ -64,6 +70,9 @@ class MemoryBackdoor:
             kept.clear()
         await self._store.wake()
 
+    async def rewrite_report(self, replica: str, old: str, new: str) -> None:
+        self._store.reports[replica] = re.sub(old, new, self._store.reports[replica])
+
 
 class RedisBackdoor:
     def __init__(self, client: Any, tag: str) -> None:
@@ -82,6 +91,10 @@ class RedisBackdoor:
     async def wipe(self) -> None:
         await self._client.delete(*await self._client.keys(f"{self._tag}:*"))
 
+    async def rewrite_report(self, replica: str, old: str, new: str) -> None:
+        key = f"{self._tag}:replicas"
+        await self._client.hset(key, replica, re.sub(old, new, await self._client.hget(key, replica)))
+
 
 @pytest.fixture(params=["memory", pytest.param("redis", marks=pytest.mark.integration)])
 async def stores(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Store, Backdoor]]:
@@ -92,7 +105,7 @@ async def stores(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Store, B
     valkey: Valkey = request.getfixturevalue("valkey")
     prefix = f"test-{secrets.token_hex(4)}"
     redis_store = RedisStore(valkey.url, prefix=prefix)
-    client: Any = Redis.from_url(valkey.url)
+    client: Any = Redis.from_url(valkey.url, decode_responses=True)
     try:
         yield redis_store, RedisBackdoor(client, f"{{{prefix}}}")
     finally:
@@ -594,3 +607,80 @@ async def test_a_policy_that_changed_since_it_was_examined_is_not_confirmed(stor
     with pytest.raises(EpochChangedError):
         await store.confirm(examined, actor="alice", reason="r", change_id="c9")
     assert await store.position() == after
+
+
+# Servers' reports
+
+AT_7 = Position("e", 7, "c7")
+
+
+def report(replica: str = "a", process: str = "p1", position: Position | None = AT_7) -> Report:
+    return Report(replica, process, 1_700_000_000.5, position)
+
+
+async def test_servers_report_without_a_policy_and_are_listed_by_name(store: Store) -> None:
+    assert await store.replicas() == []
+    assert await store.report(report("b", position=None), take_over=True)
+    assert await store.report(report("a"), take_over=True)
+    first, second = await store.replicas()
+    assert (first.report, second.report) == (report("a"), report("b", position=None))
+    assert 0 <= first.silent_seconds < 5
+    assert (first.unknown, first.vanished, first.problem) == (False, False, "")
+    with pytest.raises(NotInitialisedError):
+        await store.position()
+
+
+async def test_a_report_replaces_the_one_before_and_is_no_change(store: Store, writer: Writer) -> None:
+    await writer.init()
+    await store.report(report(), take_over=True)
+    newer = replace(report(), position=Position("e", 8, "c8"))
+    assert await store.report(newer, take_over=False)
+    (found,) = await store.replicas()
+    assert found.report == newer
+    assert (await store.position()).revision == 1
+
+
+async def test_a_name_that_another_process_uses_is_taken_over_only_on_demand(store: Store) -> None:
+    await store.report(report(process="p1"), take_over=True)
+    assert not await store.report(report(process="p2"), take_over=False)
+    (found,) = await store.replicas()
+    assert found.report == report(process="p1")
+    assert await store.report(report(process="p2"), take_over=True)
+    (found,) = await store.replicas()
+    assert found.report == report(process="p2")
+
+
+async def test_a_forgotten_server_is_gone_until_it_reports_again(store: Store) -> None:
+    await store.report(report(), take_over=True)
+    assert await store.forget("a")
+    assert not await store.forget("a")
+    assert await store.replicas() == []
+    assert await store.report(report(), take_over=False)
+    assert len(await store.replicas()) == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "unknown", "vanished"), [(20, False, False), (40, True, False), (3500, True, False), (3700, True, True)]
+)
+async def test_a_silent_server_is_unknown_for_an_hour(
+    store: Store, backdoor: Backdoor, *, seconds: int, unknown: bool, vanished: bool
+) -> None:
+    await store.report(report(), take_over=True)
+    reported_at = time.time() - seconds
+    await backdoor.rewrite_report("a", r'"at":[0-9.]+', f'"at":{reported_at}')
+    (found,) = await store.replicas()
+    assert (found.unknown, found.vanished) == (unknown, vanished)
+    assert abs(found.silent_seconds - seconds) < 5
+
+
+async def test_a_report_that_cannot_be_read_counts_as_unknown_and_can_be_replaced(
+    store: Store, backdoor: Backdoor
+) -> None:
+    await store.report(report(), take_over=True)
+    await backdoor.rewrite_report("a", '"revision":7', '"revision":"many"')
+    (found,) = await store.replicas()
+    assert (found.report, found.unknown, found.vanished) == (None, True, False)
+    assert "'many'" in found.problem
+    assert await store.report(report(), take_over=False)
+    (found,) = await store.replicas()
+    assert found.report == report()
