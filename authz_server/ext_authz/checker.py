@@ -49,6 +49,7 @@ class Checker:
         options: ResponseOptions,
         *,
         max_request_bytes: int,
+        kept_headers: frozenset[str] = frozenset(),
         observe: Callable[[Checked], None],
         observe_unavailable: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.time,
@@ -59,6 +60,7 @@ class Checker:
             current: returns the snapshot to decide from; None while there is none.
             options: of the answers.
             max_request_bytes: longer check requests are denied without being decoded.
+            kept_headers: names, in lower case, of headers that `observe` wants to see beside those that name a tenant.
             observe: gets every answered check. What it raises changes no answer.
             observe_unavailable: called for every check that ends in CannotDecideError instead. Must not raise.
             clock: returns seconds since the Unix epoch, for entries that expire.
@@ -66,6 +68,7 @@ class Checker:
         self._current = current
         self._writer = ResponseWriter(options)
         self._max_request_bytes = max_request_bytes
+        self._kept_headers = kept_headers
         self._observe = observe
         self._observe_unavailable = observe_unavailable
         self._clock = clock
@@ -111,7 +114,7 @@ class Checker:
             decision = Denied(Reason.REQUEST_TOO_LARGE)
         else:
             try:
-                attributes = read_check_request(data, _tenant_headers(sources))
+                attributes = read_check_request(data, _read_headers(sources, self._kept_headers))
             except BadCheckRequestError:
                 decision = Denied(Reason.BAD_REQUEST)
             else:
@@ -125,5 +128,5 @@ class Checker:
 
 
 @lru_cache(maxsize=8)
-def _tenant_headers(sources: tuple[TenantSource, ...]) -> frozenset[str]:
-    return frozenset(source.name for source in sources if source.kind is SourceKind.HEADER)
+def _read_headers(sources: tuple[TenantSource, ...], kept: frozenset[str]) -> frozenset[str]:
+    return kept | {source.name for source in sources if source.kind is SourceKind.HEADER}
