@@ -5,7 +5,7 @@ one and appends an event to the change stream, so whoever holds the state at rev
 holds the same state as the store.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,6 +13,9 @@ from authz_server.policy.records import Record, RecordKey, Unreadable
 
 MAX_WRITES_PER_CHANGE = 1000
 """A change is one script in Redis, and no script may hold Redis up for more than some milliseconds."""
+
+MAX_COLLECTIONS_REPLACED = 100
+"""As above: they are switched by one script."""
 
 SILENT_SECONDS = 30.0
 """A server reports at least every ten seconds; after so many without a word nobody knows what it decides by."""
@@ -59,6 +62,10 @@ class ConflictError(StoreError):
         self.key = key
         self.expected = expected
         self.found = found
+
+
+class CollectionTouchedError(StoreError):
+    """A collection was changed by somebody else while a replacement of it was prepared; nothing was written."""
 
 
 class ChangeIdUsedError(StoreError):
@@ -159,12 +166,50 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
+class Replacement:
+    """A change of any size: what some collections are to hold, and nothing else.
+
+    It is written beside what counts, in small commands, and put in its place by one small script: nobody sees half of
+    it, and a writer that dies on the way leaves nothing behind.
+
+    Raises:
+        ValueError: no collection, more than MAX_COLLECTIONS_REPLACED, a record of another collection, no change id.
+    """
+
+    change_id: str
+    """As in Change."""
+    epoch: str
+    actor: str
+    reason: str
+    action: str
+    contents: Mapping[str, Mapping[RecordKey, Record]]
+    """Collection (see `keys.collection`) -> its records afterwards."""
+
+    def __post_init__(self) -> None:
+        if not self.change_id:
+            raise ValueError("a replacement needs a change id: choose a random one for each")
+        if not 0 < len(self.contents) <= MAX_COLLECTIONS_REPLACED:
+            raise ValueError(f"{len(self.contents)} collections: replace 1 to {MAX_COLLECTIONS_REPLACED} at once")
+
+
+@dataclass(frozen=True, slots=True)
 class WriteResult:
     """What became of a change."""
 
     position: Position
     repeated: bool
     """Whether this change id had been applied before, so that nothing was written now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """What became of a replacement."""
+
+    result: WriteResult | None
+    """None: everything was as wished, and nothing was written."""
+    added: int = 0
+    changed: int = 0
+    removed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +239,10 @@ class Event:
     records: tuple[EventRecord, ...]
     counts: dict[str, int] = field(default_factory=dict)
     """After the change, the number of records in each collection that it touched (see `keys.collection`)."""
+    parts: int = 0
+    """Of a replacement, how many parts its records have, which `difference` reads; `records` is empty then."""
+    size: int = 0
+    """Of a replacement, how many records it changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,6 +426,23 @@ class Store(Protocol):
             EpochChangedError: the policy is not the one that the change was prepared for.
             ChangeIdUsedError: the change id was applied for another change.
             ValueError: a record does not belong under its key, or could not be read again.
+        """
+
+    async def replace(self, replacement: Replacement) -> Replaced:
+        """Make collections hold what is wished, in full or not at all.
+
+        Raises:
+            CollectionTouchedError: somebody changed one of them meanwhile; ask again.
+            EpochChangedError: the policy is not the one that the replacement was prepared for.
+            ChangeIdUsedError: the change id was applied for another change.
+            ValueError: a record does not belong into its collection, or could not be read again.
+        """
+
+    def difference(self, event: Event) -> AsyncIterator[tuple[EventRecord, ...]]:
+        """Yield the records of a replacement, part by part.
+
+        Raises:
+            PositionLostError: they are not kept any more: load in full.
         """
 
     async def load(self, only: Collection[str] | None = None) -> LoadedPolicy:

@@ -136,6 +136,12 @@ def change_digest(change: Change, new_texts: Iterable[str | None]) -> str:
     return hashlib.sha256(json.dumps([change.action, rows]).encode()).hexdigest()[:32]
 
 
+def replacement_digest(action: str, counted: Mapping[str, tuple[int, int]]) -> str:
+    """Return what two replacements have in common if they leave the same records (by number and sum of shares)."""
+    rows = [(name, *counted[name]) for name in sorted(counted)]
+    return hashlib.sha256(json.dumps([action, rows]).encode()).hexdigest()[:32]
+
+
 def encode_record(record: Record) -> str:
     """Return the record's text: one line of JSON, fields sorted, values that are the default left out."""
     fields: dict[str, Any]

@@ -6,7 +6,7 @@ Like Redis it keeps texts, so what a caller gets back has been written and read.
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 
 from authz_server.policy.records import Record, RecordKey, Unreadable
 from authz_server.store.interface import (
@@ -27,6 +27,8 @@ from authz_server.store.interface import (
     NotInitialisedError,
     Position,
     PositionLostError,
+    Replaced,
+    Replacement,
     Replica,
     Report,
     StoredRecord,
@@ -44,6 +46,7 @@ from authz_server.store.keys import (
     encode_readable,
     encode_report,
     record_key_of,
+    replacement_digest,
     reported_by,
     share,
 )
@@ -153,6 +156,54 @@ class MemoryStore:
             digest,
         )
         return WriteResult(position, repeated=False)
+
+    async def replace(self, replacement: Replacement) -> Replaced:
+        """See `Store.replace`; in one change, however many records it touches."""
+        before = await self.position()
+        if before.epoch != replacement.epoch:
+            raise EpochChangedError(f"the policy was replaced as a whole meanwhile (epoch {before.epoch})")
+        records: list[EventRecord] = []
+        contents: dict[str, dict[str, str]] = {}
+        for name, wished in replacement.contents.items():
+            if stray := next((key for key in wished if collection(key) != name), None):
+                raise ValueError(f"{stray} does not belong into {name}")
+            new = contents[name] = {key.name: encode_readable(key, record) for key, record in wished.items()}
+            old = self.collections.get(name, {})
+            for field in sorted(old.keys() | new.keys()):
+                if old.get(field) != new.get(field):
+                    key = record_key_of(name, field)
+                    records.append(EventRecord(key, old.get(field), new.get(field), wished.get(key)))
+        if not records:
+            return Replaced(None)
+        self._compare(contents)
+        counted = {name: (len(new), sum(share(*item) for item in new.items())) for name, new in contents.items()}
+        digest = replacement_digest(replacement.action, counted)
+        if replacement.change_id in self._results:
+            return Replaced(self._repeated(replacement.change_id, digest))
+        for name, new in contents.items():
+            for kept in (self.collections, self.counts, self.sums):
+                kept.pop(name, None)
+            if new:
+                self.collections[name] = new
+                self.counts[name], self.sums[name] = len(new), self._sum(name)
+        position = Position(before.epoch, before.revision + 1, replacement.change_id)
+        event = Event(
+            position,
+            before.change_id,
+            replacement.actor,
+            replacement.reason,
+            replacement.action,
+            self._clock(),
+            tuple(records),
+            {name: len(new) for name, new in contents.items()},
+        )
+        await self._append(event, digest)
+        added, removed = (sum(getattr(record, side) is None for record in records) for side in ("previous", "new"))
+        return Replaced(WriteResult(position, repeated=False), added, len(records) - added - removed, removed)
+
+    async def difference(self, event: Event) -> AsyncIterator[tuple[EventRecord, ...]]:
+        """See `Store.difference`."""
+        yield event.records
 
     async def read_many(self, keys: Iterable[RecordKey]) -> dict[RecordKey, StoredRecord | None]:
         """See `Store.read_many`."""

@@ -7,6 +7,9 @@ Keys, all under one hash tag so that a script may touch them together in a clust
     {authz}:lists, :scopes ...  hash    a collection (see `keys`): field -> JSON
     {authz}:changes             stream  one event for each revision N, under the id N-0
     {authz}:change:<change id>  string  the result of a change, kept for a day
+    {authz}:difference:<change id>  hash    what a replacement changed: number of the part -> records, as in an event
+    {authz}:differences         hash    change id -> revision, of the differences that are kept
+    {authz}:staged:...          hash    what a writer is preparing; goes by itself after an hour
     {authz}:changes:until:...   stream  events that a confirmed incident set aside
     {authz}:replicas            hash    server -> what it has applied, and when (the only key that servers write to)
 
@@ -18,10 +21,11 @@ import json
 import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from redis import exceptions
@@ -32,14 +36,17 @@ from redis.backoff import EqualJitterBackoff, NoBackoff
 
 from authz_server.policy.records import Record, RecordKey, Unreadable
 from authz_server.store.interface import (
+    MAX_WRITES_PER_CHANGE,
     AlreadyInitialisedError,
     Change,
     ChangeIdUsedError,
+    CollectionTouchedError,
     ConflictError,
     Durability,
     DurabilityError,
     EpochChangedError,
     Event,
+    EventRecord,
     Examination,
     Finding,
     InconsistentStateError,
@@ -48,6 +55,8 @@ from authz_server.store.interface import (
     NotInitialisedError,
     Position,
     PositionLostError,
+    Replaced,
+    Replacement,
     Replica,
     Report,
     StoredRecord,
@@ -56,6 +65,7 @@ from authz_server.store.interface import (
     StoreUnavailableError,
     UnknownFormatError,
     VerifiedCounts,
+    Write,
     WriteResult,
 )
 from authz_server.store.keys import (
@@ -74,9 +84,12 @@ from authz_server.store.keys import (
     parse_count,
     parse_event_records,
     record_key_of,
+    replacement_digest,
     reported_by,
     share,
 )
+
+T = TypeVar("T")
 
 FORMAT = "1"
 """Of keys and texts; a version that changes either in a way that older ones would misread counts it up."""
@@ -162,6 +175,7 @@ class RedisStore:
         scripts = resources.files("authz_server.store") / "scripts"
         self._apply = self._client.register_script((scripts / "apply.lua").read_text("utf-8"))
         self._init = self._client.register_script((scripts / "init.lua").read_text("utf-8"))
+        self._switch = self._client.register_script((scripts / "switch.lua").read_text("utf-8"))
         self._confirm = self._client.register_script((scripts / "confirm.lua").read_text("utf-8"))
 
     async def init(self, *, actor: str, reason: str, change_id: str) -> WriteResult:
@@ -233,19 +247,20 @@ class RedisStore:
             kind, *details = await self._apply(
                 keys=[self._key(name) for name in names], args=[*fixed, *numbers, *arguments]
             )
+        if kind == "conflict":
+            key, before, _, _ = items[int(details[0]) - 1]
+            raise ConflictError(key, before, details[1] if len(details) > 1 else None)
+        return await self._written(kind, details, change.epoch, change.change_id, digest)
+
+    async def _written(self, kind: str, details: list[str], epoch: str, change_id: str, digest: str) -> WriteResult:
+        """Read the reply of a script that writes."""
         match kind:
             case "applied":
-                return WriteResult(Position(change.epoch, int(details[0]), change.change_id), repeated=False)
+                return WriteResult(Position(epoch, int(details[0]), change_id), repeated=False)
             case "repeated":
-                return self._repeated(details[0], change.change_id, digest)
-            case "conflict":
-                key, before, _, _ = items[int(details[0]) - 1]
-                raise ConflictError(key, before, details[1] if len(details) > 1 else None)
+                return self._repeated(details[0], change_id, digest)
             case "epoch":
-                raise EpochChangedError(
-                    f"the policy was replaced as a whole meanwhile (epoch {details[0]}, not {change.epoch}): "
-                    "look at it again, then repeat the change"
-                )
+                raise self._epoch_changed(details[0])
             case "format":
                 raise self._unknown_format(details[0])
             case "absent":
@@ -253,6 +268,126 @@ class RedisStore:
                 raise NotInitialisedError(f"the policy under {self._tag} came into being meanwhile: repeat the change")
             case _:
                 raise self._inconsistent(details[0])
+
+    async def replace(self, replacement: Replacement) -> Replaced:
+        """See `Store.replace`; a difference that one change can hold is written as one."""
+        standing = await self.position()
+        lines = await self._counts(replacement.contents)
+        difference: list[tuple[RecordKey, str | None, str | None]] = []
+        counted: dict[str, tuple[int, int]] = {}
+        texts: dict[str, dict[str, str]] = {}
+        for name, records in replacement.contents.items():
+            if stray := next((key for key in records if collection(key) != name), None):
+                raise ValueError(f"{stray} does not belong into {name}")
+            new = texts[name] = {key.name: encode_readable(key, record) for key, record in records.items()}
+            old = {member: text async for member, text in self._scan(name)}
+            difference += (
+                (record_key_of(name, member), old.get(member), new.get(member))
+                for member in sorted(old.keys() | new.keys())
+                if old.get(member) != new.get(member)
+            )
+            counted[name] = (len(new), sum(share(*item) for item in new.items()) % SUM_MODULUS)
+        told = {
+            "added": sum(before is None for _, before, _ in difference),
+            "removed": sum(after is None for _, _, after in difference),
+        }
+        told["changed"] = len(difference) - told["added"] - told["removed"]
+        if not difference:
+            return Replaced(None)
+        if standing.epoch != replacement.epoch:
+            raise self._epoch_changed(standing.epoch)
+        if len(difference) <= MAX_WRITES_PER_CHANGE:
+            contents = {key: record for records in replacement.contents.values() for key, record in records.items()}
+            writes = tuple(Write(key, before, contents.get(key)) for key, before, _ in difference)
+            change = Change(
+                replacement.change_id,
+                replacement.epoch,
+                replacement.actor,
+                replacement.reason,
+                replacement.action,
+                writes,
+            )
+            return Replaced(await self.apply(change), **told)
+        try:
+            result = await self._switch_to(replacement, lines, texts, counted, difference)
+        except StoreError:
+            await self._give_up(replacement)
+            raise
+        with self._errors():
+            await self._forget_differences()
+        return Replaced(result, **told)
+
+    async def _switch_to(
+        self,
+        replacement: Replacement,
+        lines: Mapping[str, Count],
+        texts: Mapping[str, Mapping[str, str]],
+        counted: Mapping[str, tuple[int, int]],
+        difference: list[tuple[RecordKey, str | None, str | None]],
+    ) -> WriteResult:
+        """Stage the texts and the difference, and switch. The script compares the lines of the counts, which were read
+        first: so nobody touched what the difference was taken of."""
+        change_id = replacement.change_id
+        for name, new in texts.items():
+            await self._stage(f"staged:{change_id}:{name}", new.items())
+        parts = [encode_event_records(part) for part in _batched(difference, MAX_WRITES_PER_CHANGE)]
+        numbered = ((str(number), part) for number, part in enumerate(parts))
+        await self._stage(f"difference:{change_id}", numbered, at_once=1)
+        names = ["meta", "counts", "changes", f"change:{change_id}", "differences", f"difference:{change_id}"]
+        digest = replacement_digest(replacement.action, counted)
+        arguments: list[str | int] = [FORMAT, replacement.epoch, change_id, replacement.actor, replacement.reason]
+        arguments += [replacement.action, self._max_events, _RESULT_SECONDS, digest, len(parts), len(difference)]
+        for name, (number, total) in counted.items():
+            names += [name, f"staged:{change_id}:{name}"]
+            arguments += [name, str(lines.get(name, "")), number, total]
+        with self._errors():
+            kind, *details = await self._switch(keys=[self._key(name) for name in names], args=arguments)
+        if kind == "touched":
+            raise CollectionTouchedError(f"{details[0]} was changed by somebody else meanwhile: ask again")
+        return await self._written(kind, details, replacement.epoch, change_id, digest)
+
+    async def _give_up(self, replacement: Replacement) -> None:
+        """Remove what was staged, if that can be; else it goes by itself. Of a replacement that was applied after all
+        nothing is staged any more."""
+        with suppress(StoreError), self._errors():
+            for name in replacement.contents:
+                await self._client.unlink(self._key(f"staged:{replacement.change_id}:{name}"))
+
+    async def _stage(self, name: str, lines: Iterable[tuple[str, str]], *, at_once: int = _SCAN_COUNT) -> None:
+        """Write a hash in small commands; one that its writer gives up goes by itself."""
+        key = self._key(name)
+        with self._errors():
+            async with self._client.pipeline(transaction=True) as pipe:
+                pipe.unlink(key)
+                pipe.hset(key, "", "")
+                pipe.expire(key, _STAGED_SECONDS)
+                await pipe.execute()
+            for part in _batched(lines, at_once):
+                await self._client.hset(key, mapping=dict(part))
+            await self._client.hdel(key, "")
+
+    async def _forget_differences(self) -> None:
+        """Remove the differences whose events have been trimmed."""
+        oldest: Any = await self._client.xrange(self._key("changes"), count=1)
+        kept: Any = await self._client.hgetall(self._key("differences"))
+        first = int(oldest[0][0].partition("-")[0]) if oldest else 0
+        for change_id, revision in kept.items():
+            if int(revision) < first:
+                await self._client.unlink(self._key(f"difference:{change_id}"))
+                await self._client.hdel(self._key("differences"), change_id)
+
+    async def difference(self, event: Event) -> AsyncIterator[tuple[EventRecord, ...]]:
+        """See `Store.difference`."""
+        key = self._key(f"difference:{event.position.change_id}")
+        for number in range(event.parts):
+            with self._errors():
+                text: Any = await self._follower.hget(key, str(number))
+            if text is None:
+                raise PositionLostError(f"what revision {event.position.revision} changed is not kept any more")
+            try:
+                yield parse_event_records(text)
+            except ValueError as error:
+                raise PositionLostError(f"what revision {event.position.revision} changed: {error}") from None
 
     async def load(self, only: Collection[str] | None = None) -> LoadedPolicy:
         """See `Store.load`."""
@@ -288,6 +423,8 @@ class RedisStore:
                 if position.revision == end.position.revision:
                     break
                 position = event.position
+                if event.parts and not tables.keys().isdisjoint(event.counts):
+                    raise PositionLostError(f"revision {position.revision} replaced what was being read")
                 counts.update((name, count) for name, count in event.counts.items() if only is None or name in only)
                 for record in event.records:
                     name = collection(record.key)
@@ -457,12 +594,7 @@ class RedisStore:
         revision = examined.position.revision + 1 if examined.position else 0
         lines = {name: str(Count(records, revision, total)) for name, (records, total) in examined.counted.items()}
         anew = f"staged:{change_id}:counts"
-        with self._errors():
-            await self._client.unlink(self._key(anew))
-            for part in _parts(list(lines.items())):
-                await self._client.hset(self._key(anew), mapping=dict(part))
-            if lines:
-                await self._client.expire(self._key(anew), _STAGED_SECONDS)
+        await self._stage(anew, lines.items())
         names = ("meta", "counts", "changes", f"change:{change_id}", anew, f"changes:until:{epoch}")
         arguments: list[str | int] = [FORMAT, epoch, change_id, actor, reason, _RESULT_SECONDS, "confirm"]
         arguments += [examined.records, len(lines)]
@@ -703,6 +835,12 @@ class RedisStore:
             "if not, run `authzctl init`, which makes an empty one that lets everybody in"
         )
 
+    def _epoch_changed(self, found: str) -> EpochChangedError:
+        return EpochChangedError(
+            f"the policy under {self._tag} in {self._where} was replaced as a whole meanwhile (epoch {found}): "
+            "look at it again, then repeat the change"
+        )
+
     def _repeated(self, stored: str, change_id: str, digest: str) -> WriteResult:
         position = _position_of(stored, change_id)
         if stored.rpartition(" ")[2] != digest:
@@ -776,9 +914,11 @@ def _position_of(result: str, change_id: str) -> Position:
     return Position(epoch, int(revision), change_id)
 
 
-def _parts(lines: list[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    for start in range(0, len(lines), _SCAN_COUNT):
-        yield lines[start : start + _SCAN_COUNT]
+def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield the items in lists of this size; the last one may be shorter."""
+    iterator = iter(items)
+    while part := list(islice(iterator, size)):
+        yield part
 
 
 def _seconds(time: tuple[int, int]) -> float:
@@ -801,6 +941,8 @@ def _event(entry_id: str, fields: Mapping[str, str]) -> Event:
             at=float(fields["at"]),
             records=parse_event_records(fields["records"]),
             counts={str(name): int(count) for name, count in json.loads(fields["counts"]).items()},
+            parts=int(fields.get("parts", "0")),
+            size=int(fields.get("size", "0")),
         )
     except (KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{error!r}") from None

@@ -15,7 +15,7 @@ from support.policies import ACME, OFFICE, Q1, Writer, by_key, network_entry, ne
 from authz_server.demo.valkey import Valkey
 from authz_server.policy.access import NamedList
 from authz_server.policy.affinity import Instance, Tenant
-from authz_server.policy.records import RecordKey, RecordKind, Unreadable
+from authz_server.policy.records import Record, RecordKey, RecordKind, Unreadable
 from authz_server.store.interface import (
     MAX_WRITES_PER_CHANGE,
     AlreadyInitialisedError,
@@ -29,6 +29,7 @@ from authz_server.store.interface import (
     NotInitialisedError,
     Position,
     PositionLostError,
+    Replacement,
     Report,
     Store,
     Write,
@@ -684,3 +685,82 @@ async def test_a_report_that_cannot_be_read_counts_as_unknown_and_can_be_replace
     assert await store.report(report(), take_over=False)
     (found,) = await store.replicas()
     assert found.report == report()
+
+
+def many(numbers: range, reason: str = "fed") -> dict[RecordKey, Record]:
+    cidrs = (f"10.{i // 65536}.{i // 256 % 256}.{i % 256}/32" for i in numbers)
+    return {network_key(cidr): network_entry(cidr, reason) for cidr in cidrs}
+
+
+async def replacement(store: Store, records: dict[RecordKey, Record], **fields: Any) -> Replacement:
+    named: dict[str, Any] = {"change_id": secrets.token_hex(8), "actor": "feed", "reason": "daily", "action": "import"}
+    named |= {"epoch": (await store.position()).epoch, "contents": {"entries:office": records}} | fields
+    return Replacement(**named)
+
+
+@pytest.mark.parametrize("size", [3, 2500], ids=["small", "large"])
+async def test_a_collection_is_replaced_by_another(store: Store, writer: Writer, size: int) -> None:
+    await writer.init()
+    await writer.set((Q1, Instance("q1")), (network_key("192.0.2.0/24"), network_entry("192.0.2.0/24")))
+    before = await store.position()
+    wished = await replacement(store, many(range(size)))
+    replaced = await store.replace(wished)
+    assert replaced.result
+    assert (replaced.added, replaced.changed, replaced.removed) == (size, 0, 1)
+    assert replaced.result.position.revision == before.revision + 1
+    loaded = await store.load()
+    assert by_key(loaded) == {Q1: Instance("q1")} | many(range(size))
+    assert (loaded.position, loaded.edited) == (replaced.result.position, ())
+    assert (await store.examine()).sound
+    assert await verified(store) == {"instances": 1, "entries:office": size}
+
+    # Followers take the difference.
+    [event] = await store.events_after(before, wait_seconds=0)
+    state = {network_key("192.0.2.0/24"): network_entry("192.0.2.0/24")}
+    records = event.records if not event.parts else [one async for part in store.difference(event) for one in part]
+    assert len(records) == size + 1
+    for record in records:
+        if record.record is None:
+            del state[record.key]
+        else:
+            state[record.key] = record.record
+    assert state == many(range(size))
+    assert (event.action, event.actor, event.counts) == ("import", "feed", {"entries:office": size})
+
+    # The same wish again changes nothing; the same change id is known.
+    assert (await store.replace(replace(wished, change_id="another"))).result is None
+    assert await store.find_change(wished.change_id) == event
+
+    # Ordinary changes go on from there, and it can be emptied again.
+    await writer.set((network_key("10.0.0.1/32"), network_entry("10.0.0.1/32", "by hand")))
+    emptied = await store.replace(await replacement(store, {}))
+    assert (emptied.added, emptied.changed, emptied.removed) == (0, 0, size)
+    assert by_key(await store.load()) == {Q1: Instance("q1")}
+    assert (await store.examine()).sound
+
+
+async def test_a_replacement_changes_what_differs_and_nothing_else(store: Store, writer: Writer) -> None:
+    await writer.init()
+    await store.replace(await replacement(store, many(range(2500))))
+    before = await store.position()
+    wished = many(range(500, 1500)) | many(range(1500, 3000), "anew")
+    replaced = await store.replace(await replacement(store, wished))
+    assert (replaced.added, replaced.changed, replaced.removed) == (500, 1000, 500)
+    assert by_key(await store.load()) == wished
+    [event] = await store.events_after(before, wait_seconds=0)
+    if event.parts:
+        assert event.size == 2000
+        assert sum([len(part) async for part in store.difference(event)]) == 2000
+
+
+async def test_a_replacement_for_another_epoch_is_refused(store: Store, writer: Writer) -> None:
+    await writer.init()
+    with pytest.raises(EpochChangedError):
+        await store.replace(await replacement(store, many(range(1500)), epoch="another"))
+    assert (await store.load()).records == []
+
+
+async def test_a_record_of_another_collection_is_refused(store: Store, writer: Writer) -> None:
+    await writer.init()
+    with pytest.raises(ValueError, match="instance q1 does not belong into entries:office"):
+        await store.replace(await replacement(store, {Q1: Instance("q1")}))

@@ -14,11 +14,13 @@ from authz_server.demo.valkey import Valkey
 from authz_server.policy.affinity import Instance, Tenant
 from authz_server.policy.records import RecordKey, RecordKind, Unreadable
 from authz_server.store.interface import (
+    CollectionTouchedError,
     DurabilityError,
     InconsistentStateError,
     NotDurableError,
     NotInitialisedError,
     PositionLostError,
+    Replacement,
     StoreRefusedError,
     StoreUnavailableError,
     UnknownFormatError,
@@ -410,3 +412,89 @@ async def test_a_lost_change_is_not_called_durable(prefix: str) -> None:
         finally:
             await store.close()
             await client.aclose()
+
+
+def addresses(count: int) -> dict[RecordKey, Any]:
+    cidrs = [f"10.0.{i // 256}.{i % 256}/32" for i in range(count)]
+    return {network_key(cidr): network_entry(cidr) for cidr in cidrs}
+
+
+async def feed(store: RedisStore, count: int) -> Replacement:
+    epoch = (await store.position()).epoch
+    return Replacement("feed-1", epoch, "feed", "daily", "import", {"entries:office": addresses(count)})
+
+
+async def test_a_collection_touched_while_its_replacement_is_prepared_is_left_alone(
+    store: RedisStore, client: Any, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await Writer(store).init()
+    staged = RedisStore._stage
+
+    async def stage_slowly(self: RedisStore, name: str, *args: Any, **kwargs: Any) -> None:
+        await staged(self, name, *args, **kwargs)
+        if name.startswith("difference:"):
+            await Writer(store).set((network_key("192.0.2.0/24"), network_entry("192.0.2.0/24")))
+
+    monkeypatch.setattr(RedisStore, "_stage", stage_slowly)
+    with pytest.raises(CollectionTouchedError, match="entries:office"):
+        await store.replace(await feed(store, 1500))
+    assert by_key(await store.load()) == {network_key("192.0.2.0/24"): network_entry("192.0.2.0/24")}
+    assert not [key async for key in client.scan_iter(match=f"{{{prefix}}}:staged:*")]
+
+
+@pytest.mark.parametrize("after", range(1, 9))
+async def test_a_writer_killed_between_two_commands_leaves_nothing_that_counts_and_nothing_for_ever(
+    store: RedisStore, client: Any, prefix: str, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await Writer(store).init()
+    await Writer(store).set((network_key("192.0.2.0/24"), network_entry("192.0.2.0/24")))
+    before = await store.load()
+    wished = await feed(store, 2500)
+    commands = 0
+    original = Redis.execute_command
+
+    async def counted(self: Any, *args: Any, **options: Any) -> Any:
+        nonlocal commands
+        if args[0] in ("HSET", "HDEL", "EVALSHA", "UNLINK"):
+            commands += 1
+        if commands > after:
+            raise KeyboardInterrupt
+        return await original(self, *args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Redis, "execute_command", counted)
+        try:
+            await store.replace(wished)
+            finished = True
+        except KeyboardInterrupt:
+            finished = False
+    if finished or (await store.position()).revision > before.position.revision:
+        assert by_key(await store.load()) == addresses(2500)
+    else:
+        assert await store.load() == before
+        async for key in client.scan_iter(match=f"{{{prefix}}}:*feed-1*"):
+            assert 0 < await client.ttl(key) <= 3600, key
+    assert (await store.examine()).sound
+    again = await store.replace(wished)
+    assert again.result is None or not again.result.repeated
+    assert by_key(await store.load()) == addresses(2500)
+
+
+async def test_the_difference_goes_with_its_event(valkey: Valkey, prefix: str, client: Any) -> None:
+    store = RedisStore(valkey.url, prefix=prefix, max_events=1)
+    try:
+        start = (await Writer(store).init()).position
+        await store.replace(await feed(store, 1500))
+        [event] = await store.events_after(start, wait_seconds=0)
+        await client.xtrim(f"{{{prefix}}}:changes", maxlen=1, approximate=False)
+        await client.delete(f"{{{prefix}}}:change:feed-1")
+        epoch = start.epoch
+        for change_id, count in (("feed-2", 3000), ("feed-3", 0)):
+            contents = {"entries:office": addresses(count)}
+            await store.replace(Replacement(change_id, epoch, "feed", "daily", "import", contents))
+            await client.xtrim(f"{{{prefix}}}:changes", maxlen=1, approximate=False)
+        with pytest.raises(PositionLostError):
+            [part async for part in store.difference(event)]
+        assert "feed-1" not in await client.hgetall(f"{{{prefix}}}:differences")
+    finally:
+        await store.close()
