@@ -148,6 +148,9 @@ class StateCollector(Collector):
         current: Callable[[], Snapshot | None],
         age_seconds: Callable[[], float | None],
         connected: Callable[[], bool],
+        incident: Callable[[], bool],
+        edited: Callable[[], int],
+        lost: Callable[[], int],
         ready: Callable[[], bool],
         log_dropped: Callable[[], int],
     ) -> None:
@@ -157,12 +160,18 @@ class StateCollector(Collector):
             current: returns the snapshot that decisions are made from.
             age_seconds: returns how long ago the store last confirmed that snapshot; None: never.
             connected: tells whether the store is connected.
+            incident: tells whether the store's records do not fit their counts.
+            edited: returns how many collections were found edited behind the stream's back.
+            lost: returns how many changes the store has lost that were applied here.
             ready: tells whether the process is ready.
             log_dropped: returns how many decisions the log could not take.
         """
         self._current = current
         self._age_seconds = age_seconds
         self._connected = connected
+        self._incident = incident
+        self._edited = edited
+        self._lost = lost
         self._ready = ready
         self._log_dropped = log_dropped
 
@@ -171,6 +180,21 @@ class StateCollector(Collector):
         yield GaugeMetricFamily("authz_ready", "Whether the process is ready (1) or not (0).", value=self._ready())
         yield GaugeMetricFamily(
             "authz_redis_connected", "Whether the store is connected (1) or not (0).", value=self._connected()
+        )
+        yield GaugeMetricFamily(
+            "authz_store_incident",
+            "Whether records in the store were lost or added behind the change stream's back (1) or not (0).",
+            value=self._incident(),
+        )
+        yield GaugeMetricFamily(
+            "authz_store_edited_collections",
+            "Collections whose records had been edited behind the change stream's back when they were loaded.",
+            value=self._edited(),
+        )
+        yield CounterMetricFamily(
+            "authz_changes_lost",
+            "Changes that this server had applied and that the store has lost since.",
+            value=self._lost(),
         )
         yield CounterMetricFamily(
             "authz_decision_log_dropped",

@@ -2,13 +2,20 @@
 
 Whatever happens to the store, the last snapshot stays in use. A snapshot is *confirmed* when the store has proven
 that no event follows it; how long ago that was is the snapshot's age.
+
+Now and then the store's counts are compared with what is there and with the snapshot. Counts that do not fit are an
+*incident*: it is told until it is over, and the snapshot goes on following what can be followed. A store that has gone
+back in its history (a failover, a copy of yesterday) is followed too, for it is what there is; the changes that it no
+longer knows, and this process does, are told as *lost*.
 """
 
 import asyncio
 import math
 import random
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from authz_server.policy.records import Record, RecordKey, Unreadable
@@ -27,6 +34,18 @@ from authz_server.store.keys import record_key_of
 _WAIT_SECONDS = 5.0
 _FIRST_DELAY_SECONDS = 0.05
 _LONGEST_DELAY_SECONDS = 2.0
+_VERIFY_SECONDS = 30.0
+_VERIFY_AN_INCIDENT_SECONDS = 5.0
+"""People are mending it and want to see that it is over."""
+_LARGEST_DIFFERENCE = 50_000
+"""A replacement of more records is not applied but loaded: that is done beside the checks, this between them."""
+_SLICE = 250
+"""So many records of a replacement are applied at once; then checks have their turn."""
+_REMEMBERED = 1000
+"""Events that can be named should the store lose them."""
+_RECORDS_REMEMBERED = 20
+"""Of each of them."""
+_HISTORY_PAGE = 100
 _LONGEST_DELAY_OF_AN_INCIDENT_SECONDS = 10.0
 """People have to end an incident, and until then every attempt reads everything."""
 
@@ -47,10 +66,34 @@ class RefresherStatus:
     """Full loads that succeeded."""
     events: int = 0
     """Events applied."""
+    incident: str = ""
+    """What does not fit in the store, for people, as long as it does not; part of `problem`."""
+    edited: tuple[str, ...] = ()
+    """Collections that had been edited behind the stream's back when they were loaded."""
+    lost: int = 0
+    """Changes that this process had applied and that the store has lost since."""
 
     def age_seconds(self, now: float) -> float:
         """Return for how long the last snapshot has not been confirmed at `now`; infinite when there is none."""
         return now - self.confirmed_at
+
+
+@dataclass(frozen=True, slots=True)
+class LostChanges:
+    """The store has gone back in its history."""
+
+    applied: Position
+    """Where we stood by it."""
+    found: Position
+    """Where it stands now."""
+    events: tuple[Event, ...]
+    """The changes that are gone, oldest first, as far as this process remembers them; of each, some records."""
+
+    @property
+    def count(self) -> int:
+        """How many changes are gone, at least."""
+        gone_back = self.applied.revision - self.found.revision if self.applied.epoch == self.found.epoch else 0
+        return max(len(self.events), gone_back)
 
 
 class Refresher:
@@ -61,6 +104,7 @@ class Refresher:
         options: the operator's settings that go into every snapshot.
         on_event: called with each event that was applied, after the snapshot that holds it is in use. Must not block.
         on_status: called with each new status. Must not block.
+        on_lost: called when the store has lost changes that were applied here. Must not block.
         max_age_seconds: from this age on `current` is None, until the snapshot is confirmed again; None: never.
         clock: monotonic seconds.
     """
@@ -72,6 +116,7 @@ class Refresher:
         *,
         on_event: Callable[[Event], None] | None = None,
         on_status: Callable[[RefresherStatus], None] | None = None,
+        on_lost: Callable[[LostChanges], None] | None = None,
         max_age_seconds: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -82,6 +127,7 @@ class Refresher:
         self._options = options
         self._on_event = on_event
         self._on_status = on_status
+        self._on_lost = on_lost
         self._max_age_seconds = max_age_seconds
         # A quiet store confirms once per wait: that must be often enough for the maximum age.
         self._wait_seconds = _WAIT_SECONDS if max_age_seconds is None else min(_WAIT_SECONDS, max_age_seconds / 3)
@@ -91,6 +137,11 @@ class Refresher:
         self._position: Position | None = None
         """Where to follow on; None: load in full."""
         self._expiry: asyncio.TimerHandle | None = None
+        self._remembered: deque[Event] = deque(maxlen=_REMEMBERED)
+        self._verify_cursor = 0
+        self._verify_at = -math.inf
+        self._incident = ""
+        self._edited: tuple[str, ...] = ()
 
     async def run(self) -> None:
         """Follow the store until cancelled; troubles are told in `status`, never raised."""
@@ -102,6 +153,7 @@ class Refresher:
                         await self._load()
                     else:
                         await self._follow(self._last, self._position)
+                        await self._verify()
                         failures = 0
                 except Exception as error:  # noqa: BLE001 - a refresher that died would freeze the policy unseen
                     if not isinstance(error, StoreError) or isinstance(error, PositionLostError):
@@ -123,7 +175,68 @@ class Refresher:
             options=self._options,
             last_good=self._last,
         )
-        self._use(snapshot, policy.position, confirmed_at, loads=1)
+        lost = await self._lost(policy.position)
+        self._incident, self._edited = "", policy.edited
+        self._verify_later()
+        self._use(snapshot, policy.position, confirmed_at, loads=1, lost=lost.count if lost else 0)
+        if lost:
+            self._remembered.clear()
+            if self._on_lost:
+                self._on_lost(lost)
+
+    async def _lost(self, found: Position) -> LostChanges | None:
+        """Return what the store has lost of what was applied here, if anything."""
+        applied = self.status.position
+        if applied is None or applied == found:
+            return None
+        oldest = min((event.position.revision for event in self._remembered), default=applied.revision)
+        kept: list[Position] = []
+        with suppress(InconsistentStateError):  # an event that cannot be read; those after it are known
+            while page := await self._store.history(count=_HISTORY_PAGE, before=kept[-1].revision if kept else None):
+                kept += (event.position for event in page)
+                if kept[-1].revision <= oldest:
+                    break
+        first = kept[-1].revision if kept else 0  # what was before it may have been trimmed
+        known = set(kept)
+        lost = tuple(
+            event for event in self._remembered if event.position not in known and event.position.revision >= first
+        )
+        gone_back = applied.epoch == found.epoch and applied.revision > found.revision
+        return LostChanges(applied, found, lost) if lost or gone_back else None
+
+    async def _verify(self) -> None:
+        """Now and then, compare a part of the store's counts with what is there, and with the snapshot."""
+        if self._clock() < self._verify_at:
+            return
+        try:
+            part = await self._store.verify(self._verify_cursor)
+        except InconsistentStateError as error:
+            self._verify_cursor = 0
+            self._verify_at = self._clock() + _VERIFY_AN_INCIDENT_SECONDS
+            self._report(error, connected=True)
+            return
+        self._verify_cursor = part.cursor
+        self._verify_later()
+        if self._incident and not part.cursor:
+            self._incident = ""
+            self._set_status(replace(self.status, problem=self._problem(), incident=""))
+        if self._last and part.position == self._position:
+            _require_counts(self._last, part.counts, part.position)
+
+    def _verify_later(self) -> None:
+        seconds = _VERIFY_AN_INCIDENT_SECONDS if self._incident else _VERIFY_SECONDS
+        self._verify_at = self._clock() + seconds * random.uniform(0.5, 1.0)  # noqa: S311 - not a secret
+
+    def _problem(self) -> str:
+        """Say what is wrong while the store can be followed."""
+        if self._incident:
+            return self._incident
+        if self._edited:
+            return (
+                f"edited behind the stream's back: {', '.join(self._edited)}; servers that loaded earlier may decide "
+                "by something else (`authzctl reconcile` says more)"
+            )
+        return ""
 
     async def _follow(self, snapshot: Snapshot, position: Position) -> None:
         # After a trouble, first see whether we may trust the snapshot again; then wait for news.
@@ -133,24 +246,41 @@ class Refresher:
         counts: dict[str, int] = {}
         changes: list[tuple[RecordKey, Record | Unreadable | None]] = []
         for event in events:
-            changes += [(item.key, item.record) for item in event.records]
+            if event.parts:
+                snapshot = await self._apply_parts(snapshot.with_changes(position.revision, changes), event)
+                changes.clear()
+            changes += ((item.key, item.record) for item in event.records)
             counts.update(event.counts)
             position = event.position
         if events:
             snapshot = snapshot.with_changes(position.revision, changes)
-        for name, expected in counts.items():
-            key = record_key_of(name, "")
-            if (found := snapshot.count(key.kind, key.list_name)) != expected:
-                raise PositionLostError(
-                    f"after revision {position.revision} {name} has {found} records, not {expected}"
-                )
+        _require_counts(snapshot, counts, position)
         self._use(snapshot, position, confirmed_at, events=len(events))
         for event in events:
+            self._remembered.append(replace(event, records=event.records[:_RECORDS_REMEMBERED]))
             if self._on_event:
                 self._on_event(event)
 
+    async def _apply_parts(self, snapshot: Snapshot, event: Event) -> Snapshot:
+        revision = event.position.revision
+        if event.size > _LARGEST_DIFFERENCE:
+            raise PositionLostError(f"revision {revision} changed {event.size} records: loading them is cheaper")
+        async for part in self._store.difference(event):
+            for start in range(0, len(part), _SLICE):
+                changes = ((item.key, item.record) for item in part[start : start + _SLICE])
+                snapshot = snapshot.with_changes(revision, changes)
+                await asyncio.sleep(0)
+        return snapshot
+
     def _use(
-        self, snapshot: Snapshot, position: Position, confirmed_at: float, *, loads: int = 0, events: int = 0
+        self,
+        snapshot: Snapshot,
+        position: Position,
+        confirmed_at: float,
+        *,
+        loads: int = 0,
+        events: int = 0,
+        lost: int = 0,
     ) -> None:
         self._last = self.current = snapshot
         self._position = position
@@ -162,11 +292,14 @@ class Refresher:
         self._set_status(
             RefresherStatus(
                 connected=True,
-                problem="",
+                problem=self._problem(),
                 position=position,
                 confirmed_at=confirmed_at,
                 loads=self.status.loads + loads,
                 events=self.status.events + events,
+                incident=self._incident,
+                edited=self._edited,
+                lost=self.status.lost + lost,
             )
         )
 
@@ -174,14 +307,24 @@ class Refresher:
         self.current = None
         self._set_status(self.status)
 
-    def _report(self, error: Exception) -> None:
+    def _report(self, error: Exception, *, connected: bool = False) -> None:
         problem = str(error) if isinstance(error, StoreError) else f"internal error: {error!r}"
-        self._set_status(replace(self.status, connected=False, problem=problem))
+        if isinstance(error, InconsistentStateError):
+            self._incident = problem
+        self._set_status(replace(self.status, connected=connected, problem=problem, incident=self._incident))
 
     def _set_status(self, status: RefresherStatus) -> None:
         self.status = status
         if self._on_status:
             self._on_status(status)
+
+
+def _require_counts(snapshot: Snapshot, counts: Mapping[str, int], position: Position) -> None:
+    """Raise PositionLostError when the snapshot does not hold as many records as the store says."""
+    for name, expected in counts.items():
+        key = record_key_of(name, "")
+        if (found := snapshot.count(key.kind, key.list_name)) != expected:
+            raise PositionLostError(f"at revision {position.revision} {name} has {found} records, not {expected}")
 
 
 def _delay_seconds(error: Exception, failures: int) -> float:

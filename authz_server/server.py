@@ -31,7 +31,7 @@ from authz_server.ext_authz.grpcio_transport import GrpcioTransport, TlsFiles, T
 from authz_server.health import ComponentName, HealthState
 from authz_server.metrics import Metrics, StateCollector
 from authz_server.policy.snapshot import Snapshot
-from authz_server.refresher import Refresher, RefresherStatus
+from authz_server.refresher import LostChanges, Refresher, RefresherStatus
 from authz_server.replicas import Reporter
 from authz_server.settings import Settings, hide_password, parse_listen
 from authz_server.store.interface import Event, Store
@@ -54,7 +54,7 @@ _ANNOUNCE_SECONDS = 1.0
 _LEAVE_SECONDS = 1.0
 """How long taking the report back may take at the end."""
 _RECORDS_LOGGED = 50
-"""Of the records that a change touches, so many are named in the log; the store's history names all."""
+"""So many of the records that a change touches stand in one line of the log."""
 
 _log = structlog.get_logger("authz_server")
 
@@ -105,6 +105,7 @@ async def _serve(settings: Settings, stopping: asyncio.Event, stack: AsyncExitSt
         settings.decision_options(),
         on_event=on_event,
         on_status=on_status,
+        on_lost=log_lost,
         max_age_seconds=settings.max_snapshot_age_seconds,
     )
 
@@ -119,6 +120,9 @@ async def _serve(settings: Settings, stopping: asyncio.Event, stack: AsyncExitSt
             current=current,
             age_seconds=age_seconds,
             connected=lambda: refresher.status.connected,
+            incident=lambda: bool(refresher.status.incident),
+            edited=lambda: len(refresher.status.edited),
+            lost=lambda: refresher.status.lost,
             ready=health.is_ready,
             log_dropped=lambda: log.dropped,
         )
@@ -204,14 +208,18 @@ class StatusWatch:
                 revision_before=before.revision if before else None,
             )
         if (status.connected, status.problem) != (self._last.connected, self._last.problem):
-            if status.connected:
+            if status.connected and status.problem:
+                consequence = "decisions follow what can be followed" if status.incident else ""
+                _log.error("the policy in redis is not sound", problem=status.problem, consequence=consequence)
+            elif status.connected:
                 _log.info("redis connected")
             else:
                 consequence = "decisions go on from the last snapshot" if snapshot else "checks get UNAVAILABLE"
                 _log.warning("redis not usable", problem=status.problem, consequence=consequence)
         self._last = status
         self._health.set(ComponentName.SNAPSHOT, ready=snapshot is not None, detail=detail)
-        self._health.set(ComponentName.REDIS, ready=status.connected, detail=status.problem or "connected")
+        sound = status.connected and not status.problem
+        self._health.set(ComponentName.REDIS, ready=sound, detail=status.problem or "connected")
 
 
 class Observer:
@@ -250,19 +258,51 @@ class Observer:
 
 
 def log_event(event: Event) -> None:
-    """Log an applied change: who did what, and why. The store's own history is the audit; this is a copy."""
-    named = [str(record.key) for record in event.records[:_RECORDS_LOGGED]]
-    _log.info(
-        "change applied",
-        revision=event.position.revision,
-        change_id=event.position.change_id,
-        actor=event.actor,
-        action=event.action,
-        reason=event.reason,
-        changed_at=event.at,
-        records=named,
-        records_not_named=len(event.records) - len(named),
+    """Log an applied change in full: the second copy of the audit, should the store lose the first.
+
+    A change of many records is several lines. What a replacement changed is not repeated: it is read from the store,
+    and can be millions.
+    """
+    changed = [{"record": str(record.key), "previous": record.previous, "new": record.new} for record in event.records]
+    lines = [changed[start : start + _RECORDS_LOGGED] for start in range(0, len(changed), _RECORDS_LOGGED)] or [[]]
+    for number, records in enumerate(lines, 1):
+        _log.info(
+            "change applied",
+            epoch=event.position.epoch,
+            revision=event.position.revision,
+            change_id=event.position.change_id,
+            actor=event.actor,
+            action=event.action,
+            reason=event.reason,
+            changed_at=event.at,
+            records=records,
+            records_in_all=event.size or len(changed),
+            counts=event.counts,
+            line=f"{number} of {len(lines)}",
+        )
+
+
+def log_lost(lost: LostChanges) -> None:
+    """Log the changes that the store no longer knows, so that somebody makes them again."""
+    _log.error(
+        "changes were lost: the store has gone back in its history",
+        lost=lost.count,
+        applied=f"revision {lost.applied.revision} of epoch {lost.applied.epoch}",
+        found=f"revision {lost.found.revision} of epoch {lost.found.epoch}",
     )
+    for event in lost.events:
+        _log.error(
+            "change lost",
+            revision=event.position.revision,
+            change_id=event.position.change_id,
+            actor=event.actor,
+            action=event.action,
+            reason=event.reason,
+            changed_at=event.at,
+            records=[
+                {"record": str(record.key), "previous": record.previous, "new": record.new} for record in event.records
+            ],
+        )
 
 
 def _on_signal(number: signal.Signals, stopping: asyncio.Event) -> None:

@@ -106,6 +106,9 @@ def collect(snapshot: Snapshot | None, age_seconds: float | None, *, connected: 
             current=lambda: snapshot,
             age_seconds=lambda: age_seconds,
             connected=lambda: connected,
+            incident=lambda: True,
+            edited=lambda: 2,
+            lost=lambda: 5,
             ready=lambda: ready,
             log_dropped=lambda: 3,
         )
@@ -127,6 +130,9 @@ def test_figures_of_a_snapshot() -> None:
     registry = collect(snapshot, 1.5, connected=True, ready=True)
     assert registry.get_sample_value("authz_ready") == 1
     assert registry.get_sample_value("authz_redis_connected") == 1
+    assert registry.get_sample_value("authz_store_incident") == 1
+    assert registry.get_sample_value("authz_store_edited_collections") == 2
+    assert registry.get_sample_value("authz_changes_lost_total") == 5
     assert registry.get_sample_value("authz_snapshot_age_seconds") == 1.5
     assert registry.get_sample_value("authz_snapshot_revision") == 42
     assert registry.get_sample_value("authz_snapshot_info", {"epoch": "e"}) == 1

@@ -5,7 +5,7 @@ import math
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -21,8 +21,8 @@ from authz_server.policy.access import NamedList
 from authz_server.policy.affinity import Instance, Tenant
 from authz_server.policy.records import RecordKey, RecordKind
 from authz_server.policy.snapshot import DecisionOptions, UnknownTenant, build_snapshot
-from authz_server.refresher import Refresher, RefresherStatus
-from authz_server.store.interface import Event, LoadedPolicy, Position, Store
+from authz_server.refresher import LostChanges, Refresher, RefresherStatus
+from authz_server.store.interface import Event, LoadedPolicy, Position, Replacement, Store
 from authz_server.store.memory_store import MemoryStore
 from authz_server.store.redis_store import RedisStore
 
@@ -284,10 +284,10 @@ class Faulty(MemoryStore):
 
     broken = True
 
-    async def load(self) -> LoadedPolicy:
+    async def load(self, only: Collection[str] | None = None) -> LoadedPolicy:
         if self.broken:
             raise RuntimeError("a bug")
-        return await super().load()
+        return await super().load(only)
 
 
 async def test_a_bug_is_told_and_does_not_end_the_following() -> None:
@@ -310,6 +310,122 @@ async def test_a_listener_that_raises_does_not_stop_the_snapshot(store: MemorySt
         await eventually(at_revision(refresher, 2))
         await writer.set((Q1, None))
         await eventually(at_revision(refresher, 3))
+
+
+# Counts, incidents, lost changes
+
+
+@pytest.fixture
+def quick_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts are compared all the time."""
+    monkeypatch.setattr("authz_server.refresher._VERIFY_SECONDS", 0.01)
+    monkeypatch.setattr("authz_server.refresher._VERIFY_AN_INCIDENT_SECONDS", 0.01)
+    monkeypatch.setattr("authz_server.refresher._WAIT_SECONDS", 0.02)
+
+
+@pytest.mark.usefixtures("quick_look")
+async def test_records_lost_without_a_change_are_an_incident_until_they_are_back(
+    store: MemoryStore, writer: Writer
+) -> None:
+    await writer.init()
+    await writer.set((Q1, Instance("q1")), (ACME, Tenant("acme", "q1")))
+    async with running(store) as refresher:
+        await eventually(lambda: refresher.current)
+        last = refresher.current
+        lost = store.collections.pop("tenants")
+        await eventually(lambda: "tenants" in refresher.status.incident)
+        assert refresher.current is last
+        # What can be followed is followed, and the incident does not flicker.
+        await writer.set((Q1, Instance("q1", 2)))
+        await eventually(at_revision(refresher, 3))
+        assert refresher.current.tenants == last.tenants
+        assert refresher.status.connected
+        assert "tenants" in refresher.status.problem
+        store.collections["tenants"] = lost
+        await eventually(lambda: not refresher.status.problem)
+        assert refresher.status.incident == ""
+        assert refresher.status.loads == 1
+
+
+@pytest.mark.usefixtures("quick_look")
+async def test_an_incident_that_is_confirmed_is_over(store: MemoryStore, writer: Writer) -> None:
+    await writer.init()
+    await writer.set((Q1, Instance("q1")), (ACME, Tenant("acme", "q1")))
+    async with running(store) as refresher:
+        await eventually(lambda: refresher.current)
+        del store.collections["tenants"]
+        await eventually(lambda: refresher.status.incident)
+        await store.confirm(await store.examine(), actor="alice", reason="we know", change_id="c9")
+        await eventually(at_revision(refresher, 3))
+        assert refresher.current.tenants == {}
+        assert (refresher.status.incident, refresher.status.problem, refresher.status.lost) == ("", "", 0)
+
+
+@pytest.mark.usefixtures("quick_look")
+async def test_a_snapshot_that_differs_from_the_store_is_loaded_anew(store: MemoryStore, writer: Writer) -> None:
+    await writer.init()
+    await writer.set((Q1, Instance("q1")))
+    async with running(store) as refresher:
+        await eventually(lambda: refresher.current)
+        # As if this process had missed something: in the store it is all in order.
+        store.collections["instances"]["q2"] = '{"state":"active","weight":1}'
+        store.counts["instances"] = 2
+        await eventually(lambda: refresher.status.loads == 2)
+        assert contents(refresher.current) == await fresh(store)
+
+
+async def test_texts_edited_by_hand_are_told_where_they_are_loaded(store: MemoryStore, writer: Writer) -> None:
+    await writer.init()
+    await writer.set((ACME, Tenant("acme", "q1")))
+    store.collections["tenants"]["acme"] = '{"instance":"q2"}'
+    async with running(store) as refresher:
+        await eventually(lambda: refresher.current)
+        assert refresher.status.edited == ("tenants",)
+        assert "authzctl reconcile" in refresher.status.problem
+        assert refresher.status.connected
+
+
+async def test_changes_that_the_store_has_lost_are_told(store: MemoryStore, writer: Writer) -> None:
+    """As after a failover to a replica that had not received them."""
+    await writer.init()
+    told: list[LostChanges] = []
+    async with running(store, on_lost=told.append) as refresher:
+        await eventually(lambda: refresher.current)
+        await writer.set((Q1, Instance("q1")))
+        await eventually(at_revision(refresher, 2))
+        kept = (dict(store.collections["instances"]), dict(store.counts), dict(store.sums), list(store.events))
+        for weight in (2, 3):
+            await writer.set((Q1, Instance("q1", weight)))
+        await eventually(at_revision(refresher, 4))
+        store.collections["instances"], store.counts, store.sums, store.events = kept
+        await writer.set((ACME, Tenant("acme", "q1")))
+        await eventually(lambda: told)
+        assert refresher.current.revision == 3
+        assert contents(refresher.current) == await fresh(store)
+        (lost,) = told
+        assert [event.records[0].record for event in lost.events] == [Instance("q1", 2), Instance("q1", 3)]
+        assert (lost.applied.revision, lost.found.revision, lost.count) == (4, 3, 2)
+        assert refresher.status.lost == 2
+
+
+async def test_a_follower_that_fell_behind_the_trimmed_stream_has_lost_nothing(
+    store: MemoryStore, writer: Writer
+) -> None:
+    await writer.init()
+    told: list[LostChanges] = []
+    async with running(store, on_lost=told.append) as refresher:
+        await eventually(lambda: refresher.current)
+        await writer.set((Q1, Instance("q1")))
+        await eventually(at_revision(refresher, 2))
+        store.available = False
+        await store.wake()
+        await eventually(lambda: not refresher.status.connected)
+        store.available = True
+        for weight in range(2, 8):
+            await writer.set((Q1, Instance("q1", weight)))
+            del store.events[:-1]
+        await eventually(at_revision(refresher, 8))
+        assert (told, refresher.status.lost) == ([], 0)
 
 
 # With a real Valkey.
@@ -412,3 +528,42 @@ async def test_cancelled_while_valkey_does_not_answer_it_ends_at_once(own_valkey
             getattr(own_valkey, wait)()
             cancelled_at = time.monotonic()
         assert time.monotonic() - cancelled_at < 1
+
+
+def office(count: int) -> dict[RecordKey, Any]:
+    cidrs = [f"10.{i // 65536}.{i // 256 % 256}.{i % 256}/32" for i in range(count)]
+    return {network_key(cidr): network_entry(cidr) for cidr in cidrs}
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("most", "loads"), [(50_000, 1), (2000, 2)], ids=["applied", "loaded"])
+async def test_valkey_a_replacement_is_followed(
+    valkey: Valkey, monkeypatch: pytest.MonkeyPatch, most: int, loads: int
+) -> None:
+    monkeypatch.setattr("authz_server.refresher._LARGEST_DIFFERENCE", most)
+    async with redis_store(valkey) as store, running(store) as refresher:
+        await Writer(store).init()
+        await Writer(store).set((network_key("192.0.2.0/24"), network_entry("192.0.2.0/24")))
+        await eventually(at_revision(refresher, 2))
+        epoch = refresher.current.epoch
+        wished = Replacement("c1", epoch, "feed", "daily", "import", {"entries:office": office(2500)})
+        await store.replace(wished)
+        await Writer(store).set((Q1, Instance("q1")))
+        await eventually(at_revision(refresher, 4))
+        assert contents(refresher.current) == await fresh(store)
+        assert refresher.status.loads == loads
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("quick_look")
+async def test_valkey_evicts_a_key(valkey: Valkey) -> None:
+    async with redis_store(valkey) as store, running(store) as refresher:
+        await Writer(store).init()
+        await Writer(store).set((ACME, Tenant("acme", "q1")))
+        await eventually(at_revision(refresher, 2))
+        last = refresher.current
+        client: Any = Redis.from_url(valkey.url)
+        async with client:
+            await client.delete(store._key("tenants"))
+        await eventually(lambda: "tenants: 0 instead of 1" in refresher.status.incident)
+        assert refresher.current is last

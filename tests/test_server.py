@@ -28,8 +28,8 @@ from authz_server.policy.decision import Denied
 from authz_server.policy.reasons import Reason
 from authz_server.policy.records import RecordKey, RecordKind, entry_key, record_key
 from authz_server.policy.snapshot import Snapshot
-from authz_server.refresher import RefresherStatus
-from authz_server.server import FAULT_SECONDS, Observer, StatusWatch, _until_stopped, log_event
+from authz_server.refresher import LostChanges, RefresherStatus
+from authz_server.server import FAULT_SECONDS, Observer, StatusWatch, _until_stopped, log_event, log_lost
 from authz_server.store.interface import Event, EventRecord, Position, Write
 
 POSITION = Position("e", 7, "c")
@@ -129,7 +129,7 @@ def test_applied_changes_are_logged_with_who_what_and_why() -> None:
     event = Event(POSITION, "b", actor="ann", reason="INC-1", action="tenant.add", at=5.0, records=records)
     with capture_logs() as logs:
         log_event(event)
-    (line,) = logs
+    first, second = logs
     expected = {
         "event": "change applied",
         "revision": 7,
@@ -138,9 +138,23 @@ def test_applied_changes_are_logged_with_who_what_and_why() -> None:
         "reason": "INC-1",
         "action": "tenant.add",
     }
-    assert expected.items() <= line.items()
-    assert line["records"][0] == "tenant t0"
-    assert len(line["records"]) + line["records_not_named"] == 60
+    for line in logs:
+        assert expected.items() <= line.items()
+        assert line["records_in_all"] == 60
+    assert (first["line"], second["line"]) == ("1 of 2", "2 of 2")
+    logged = [*first["records"], *second["records"]]
+    assert logged == [{"record": f"tenant t{number}", "previous": None, "new": "{}"} for number in range(60)]
+
+
+def test_lost_changes_are_logged_one_by_one() -> None:
+    record = EventRecord(RecordKey(RecordKind.TENANT, "acme"), None, "{}", Tenant("acme", "queue-1"))
+    event = Event(POSITION, "b", actor="ann", reason="INC-1", action="tenant.add", at=5.0, records=(record,))
+    with capture_logs() as logs:
+        log_lost(LostChanges(POSITION, Position("e", 5, "a"), (event,)))
+    summary, lost = logs
+    assert (summary["lost"], summary["log_level"]) == (2, "error")
+    assert (lost["actor"], lost["action"], lost["revision"]) == ("ann", "tenant.add", 7)
+    assert lost["records"] == [{"record": "tenant acme", "previous": None, "new": "{}"}]
 
 
 class TestUntilStopped:
