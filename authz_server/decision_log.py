@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from authz_server.policy.access import Enforcement
 from authz_server.policy.addresses import Address
 from authz_server.policy.attributes import RequestAttributes
 from authz_server.policy.decision import Allowed, Decision
@@ -101,7 +100,7 @@ class DecisionLog:
 
     def note(self, decision: Decision, attributes: RequestAttributes | None, revision: int, seconds: float) -> None:
         """Take note of one answered check. Never blocks on the log's reader."""
-        if isinstance(decision, Allowed) and not _shadow_denials(decision):
+        if isinstance(decision, Allowed) and not decision.shadow_denials:
             if not self._options.allowed_ratio or random.random() >= self._options.allowed_ratio:  # noqa: S311 - a sample
                 return
             self._enqueue(Decided(self._clock(), decision, attributes, revision, seconds))
@@ -161,8 +160,8 @@ class DecisionLog:
                 network = deciding.match.network
                 if not (self._options.anonymize and network.prefix_length > _KEPT_BITS[network.version]):
                     facts["entry"] = str(network)
-        if shadow := _shadow_denials(decision):
-            facts["shadow"] = shadow
+        if shadow := decision.shadow_denials:
+            facts["shadow"] = [f"{outcome.scope}:{outcome.reason}" for outcome in shadow]
         return facts | {"revision": decided.revision, "microseconds": round(decided.seconds * 1e6)}
 
     def _shown(self, address: Address) -> str:
@@ -201,11 +200,3 @@ class DecisionLog:
             self.dropped += len(lines)
             self._write = None
             _log.error("the decision log cannot be written any more: %s", error)
-
-
-def _shadow_denials(decision: Decision) -> list[str]:
-    return [
-        f"{outcome.scope}:{outcome.reason}"
-        for outcome in decision.scopes
-        if outcome.enforcement is Enforcement.SHADOW and outcome.denies
-    ]

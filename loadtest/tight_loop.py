@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from authz_server.decision_log import DecisionLog, LogOptions
 from authz_server.ext_authz._generated import ext_authz_pb2
 from authz_server.ext_authz.check_request import read_check_request
 from authz_server.ext_authz.check_response import ResponseOptions, ResponseWriter
@@ -33,6 +34,7 @@ from authz_server.policy.paths import parse_path_pattern
 from authz_server.policy.records import Record, RecordKey, entry_key, record_key
 from authz_server.policy.snapshot import DecisionOptions, Snapshot, build_snapshot
 from authz_server.policy.tenant import parse_tenant_source
+from authz_server.server import Observer
 from loadtest.served import MAX_REQUEST_BYTES, build_request
 
 NETWORKS, TENANTS, REQUESTS = 1_000_000, 100_000, 100_000
@@ -142,13 +144,12 @@ def main() -> None:
     networks = blocked_networks(NETWORKS, rng)
     snapshot = build_policy(networks, TENANTS)
     requests = list(build_requests(REQUESTS, networks, TENANTS, rng))
-    metrics = Metrics()
     writer = ResponseWriter(ResponseOptions())
     checkers = {
         name: Checker(lambda: snapshot, ResponseOptions(), max_request_bytes=MAX_REQUEST_BYTES, observe=observe)
         for name, observe in (
             ("alone", lambda _checked: None),
-            ("with metrics", lambda checked: metrics.observe(checked.decision, checked.seconds)),
+            ("as in the server", Observer(Metrics(), DecisionLog(LogOptions(), lambda _lines: None))),
         )
     }
     tenant_headers = frozenset({"x-tenant-id"})
@@ -165,7 +166,7 @@ def main() -> None:
             lambda: zip(decisions, attributes, strict=True),
         ),
         "the whole check": (checkers["alone"].check, lambda: zip(requests)),
-        "the same with metrics": (checkers["with metrics"].check, lambda: zip(requests)),
+        "the same, counted and logged": (checkers["as in the server"].check, lambda: zip(requests)),
     }
     gc.collect()
     gc.freeze()

@@ -29,6 +29,20 @@ def test_checks_are_counted_by_outcome_and_reason(reason: Reason) -> None:
     assert metrics.registry.get_sample_value("authz_check_seconds_sum") == pytest.approx(0.0003)
 
 
+def test_durations_are_counted_below_every_bound_that_they_do_not_exceed() -> None:
+    metrics = Metrics()
+    for seconds in (0.0, 0.00002, 0.000021, 0.25, 0.26, 7.0):
+        metrics.observe(Denied(Reason.BLOCKED), seconds)
+    (family,) = (family for family in metrics.registry.collect() if family.name == "authz_check_seconds")
+    counted = {sample.labels["le"]: sample.value for sample in family.samples if sample.name.endswith("_bucket")}
+    assert counted == {
+        "2e-05": 2,
+        **dict.fromkeys(("5e-05", "0.0001", "0.00025", "0.0005", "0.001", "0.0025", "0.005", "0.01", "0.05"), 3),
+        "0.25": 4,
+        "+Inf": 6,
+    }
+
+
 def test_what_shadow_scopes_would_have_denied_is_counted_by_kind_of_scope() -> None:
     metrics = Metrics()
     scopes = (

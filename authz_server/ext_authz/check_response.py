@@ -15,7 +15,6 @@ from itertools import product
 from types import MappingProxyType
 from typing import Self
 
-from authz_server.policy.access import Enforcement
 from authz_server.policy.affinity import Affinity
 from authz_server.policy.decision import Allowed, Decision
 from authz_server.policy.identifiers import MAX_IDENTIFIER_LENGTH
@@ -225,17 +224,14 @@ def _first_facts(revision: int, reason: Reason, allowed: bool) -> bytes:
 def _facts_of_scopes(decision: Decision) -> bytes:
     """Return which scope and entry decided, and what scopes in shadow would have decided."""
     facts = b""
-    if deciding := decision.deciding:
+    deciding = None if decision.reason is _ALLOWED else decision.deciding
+    if deciding:
         facts += _fact("scope", deciding.scope)
         if deciding.match:
             facts += _fact("list", deciding.match.list_name) + _fact("entry", str(deciding.match.network))
-    shadow = [
-        _field(_LIST_ITEM, _text(_STRING_VALUE, f"{outcome.scope}:{outcome.reason}"))
-        for outcome in decision.scopes
-        if outcome.enforcement is _SHADOW and outcome.denies
-    ]
-    if shadow:
-        facts += _fact_of("shadow", _field(_LIST_VALUE, b"".join(shadow)))
+    if shadow := decision.shadow_denials:
+        said = (_text(_STRING_VALUE, f"{outcome.scope}:{outcome.reason}") for outcome in shadow)
+        facts += _fact_of("shadow", _field(_LIST_VALUE, b"".join(_field(_LIST_ITEM, value) for value in said)))
     return facts
 
 
@@ -301,4 +297,4 @@ _KEYS = {
 }
 _CLIENT_ADDRESS = _TextField(lambda address: _fact("client_address", address))
 _TENANT = _TextField(lambda tenant: _fact("tenant", tenant))
-_SHADOW = Enforcement.SHADOW
+_ALLOWED = Reason.ALLOWED

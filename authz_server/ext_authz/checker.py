@@ -8,7 +8,6 @@ raise would walk through every mesh that fails open.
 import logging
 import time
 from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
 from authz_server.ext_authz.check_request import BadCheckRequestError, read_check_request
@@ -16,8 +15,8 @@ from authz_server.ext_authz.check_response import ResponseOptions, ResponseWrite
 from authz_server.policy.attributes import RequestAttributes
 from authz_server.policy.decision import Decision, Denied, decide
 from authz_server.policy.reasons import Reason
-from authz_server.policy.snapshot import Snapshot
-from authz_server.policy.tenant import SourceKind, TenantSource
+from authz_server.policy.snapshot import DecisionOptions, Snapshot
+from authz_server.policy.tenant import SourceKind
 
 _log = logging.getLogger(__name__)
 
@@ -72,6 +71,9 @@ class Checker:
         self._observe = observe
         self._observe_unavailable = observe_unavailable
         self._clock = clock
+        self._options: DecisionOptions | None = None
+        """What `_read_headers` was made from: the same object in one snapshot after the other."""
+        self._read_headers = kept_headers
         # Written beforehand, so that nothing of a request can make this answer fail too.
         self._internal_error = Denied(Reason.INTERNAL_ERROR)
         self._internal_error_answer = self._writer.write(self._internal_error, request_id="", revision=0)
@@ -106,7 +108,11 @@ class Checker:
 
     def _answer(self, data: bytes) -> tuple[bytes, Decision, RequestAttributes | None, int]:
         snapshot = self._current()
-        sources = snapshot.options.tenant_sources if snapshot else ()
+        if snapshot is not None and snapshot.options is not self._options:
+            self._options = snapshot.options
+            self._read_headers = self._kept_headers | {
+                source.name for source in snapshot.options.tenant_sources if source.kind is SourceKind.HEADER
+            }
         attributes: RequestAttributes | None = None
         revision = 0
         decision: Decision
@@ -114,7 +120,7 @@ class Checker:
             decision = Denied(Reason.REQUEST_TOO_LARGE)
         else:
             try:
-                attributes = read_check_request(data, _read_headers(sources, self._kept_headers))
+                attributes = read_check_request(data, self._read_headers)
             except BadCheckRequestError:
                 decision = Denied(Reason.BAD_REQUEST)
             else:
@@ -125,8 +131,3 @@ class Checker:
         request_id = attributes.request_id if attributes else ""
         answer = self._writer.write(decision, request_id=request_id, revision=revision)
         return answer, decision, attributes, revision
-
-
-@lru_cache(maxsize=8)
-def _read_headers(sources: tuple[TenantSource, ...], kept: frozenset[str]) -> frozenset[str]:
-    return kept | {source.name for source in sources if source.kind is SourceKind.HEADER}

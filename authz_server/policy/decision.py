@@ -44,6 +44,11 @@ class Allowed(NamedTuple):
         """The first enforced scope that says what `reason` says; None when no list decided."""
         return _deciding(self.reason, self.scopes)
 
+    @property
+    def shadow_denials(self) -> tuple[ScopeOutcome, ...]:
+        """What scopes in shadow say that would have denied, had they been enforced."""
+        return _shadow_denials(self.scopes)
+
 
 class Denied(NamedTuple):
     """The request may not pass."""
@@ -59,10 +64,15 @@ class Denied(NamedTuple):
         """The first enforced scope that says what `reason` says; None when no list decided."""
         return _deciding(self.reason, self.scopes)
 
+    @property
+    def shadow_denials(self) -> tuple[ScopeOutcome, ...]:
+        """What scopes in shadow say that would have denied, had they been enforced."""
+        return _shadow_denials(self.scopes)
+
 
 Decision = Allowed | Denied
 
-_ALLOWED = Reason.ALLOWED
+_ALLOWED, _SHADOW = Reason.ALLOWED, Enforcement.SHADOW
 _DENYING = (Reason.BLOCKED, Reason.NOT_ALLOWLISTED)
 """What a scope says to deny, the weightier first."""
 
@@ -90,7 +100,7 @@ def decide(attributes: RequestAttributes, snapshot: Snapshot, now: float) -> Dec
     outcomes += [judge(scope, snapshot.tables, address, now) for scope in _guarding(attributes.host, path, snapshot)]
     scopes = tuple(outcomes)
     reason = _over_all(scopes)
-    if reason in _DENYING:
+    if reason is not _ALLOWED and reason in _DENYING:
         return Denied(reason, address, tenant_id, scopes)
 
     instance, affinity, problem = _find_instance(tenant_id, snapshot)
@@ -154,10 +164,12 @@ def _over_all(scopes: tuple[ScopeOutcome, ...]) -> Reason:
         for outcome in scopes
         if outcome.reason is not _ALLOWED and outcome.enforcement is Enforcement.ENFORCE
     ]
+    if not said:
+        return _ALLOWED
     for reason in _DENYING:
         if reason in said:
             return reason
-    return Reason.ALLOWLISTED if said else _ALLOWED
+    return Reason.ALLOWLISTED
 
 
 def _find_instance(tenant_id: str | None, snapshot: Snapshot) -> tuple[str | None, Affinity, Reason | None]:
@@ -184,9 +196,17 @@ def _find_instance(tenant_id: str | None, snapshot: Snapshot) -> tuple[str | Non
 
 
 def _deciding(reason: Reason, scopes: tuple[ScopeOutcome, ...]) -> ScopeOutcome | None:
-    if reason is Reason.ALLOWED:
+    if reason is _ALLOWED:
         return None  # scopes say so when no list holds the address
     for outcome in scopes:
         if outcome.reason is reason and outcome.enforcement is Enforcement.ENFORCE:
             return outcome
     return None
+
+
+def _shadow_denials(scopes: tuple[ScopeOutcome, ...]) -> tuple[ScopeOutcome, ...]:
+    found: tuple[ScopeOutcome, ...] = ()
+    for outcome in scopes:  # nearly always all are enforced, and every check asks: a generator would take twice as long
+        if outcome.enforcement is _SHADOW and outcome.denies:
+            found += (outcome,)
+    return found

@@ -8,6 +8,7 @@ more resources apply, and a resource can only deny what would otherwise be allow
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from posixpath import normpath
 from urllib.parse import unquote_to_bytes
@@ -143,8 +144,11 @@ class RequestPath:
             return len(path) > MAX_PATH_LENGTH
         return _ESCAPED_PERCENT in path or len(path) > MAX_ODD_PATH_LENGTH
 
-    def readings(self, *, fold_case: bool) -> frozenset[str]:
-        """Return what `read_path` returns."""
+    def readings(self, *, fold_case: bool) -> Collection[str]:
+        """Return what `read_path` returns, each once."""
+        if not is_odd(self.text):
+            text = f"/{self.text[1:]}"
+            return (fold_text(text) if fold_case else text,)
         if not fold_case:
             if self._exact is None:
                 self._exact = read_path(self.text, fold_case=False)

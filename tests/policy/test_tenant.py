@@ -220,7 +220,7 @@ def test_no_path_that_decodes_to_a_query_is_passed_over(path: str) -> None:
     path = path.replace("?", "")
     once = tenant_module._decoded(path)
     found = {text.partition("?")[2] for text in (once, tenant_module._decoded(once)) if "?" in text}
-    assert tenant_module._queries_inside(path) == found
+    assert set(tenant_module._queries_inside(path)) == found
 
 
 @pytest.mark.parametrize(
