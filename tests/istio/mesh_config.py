@@ -82,14 +82,29 @@ class Topology(Strict):
         return self
 
 
+class Tracing(Strict):
+    sampling: Annotated[float, Field(ge=0, le=100)]
+    """In percent."""
+
+
+class ProxyStatsMatcher(Strict):
+    inclusionRegexps: list[str] | None = None  # noqa: N815
+
+
 class ProxyConfig(Strict):
     gatewayTopology: Topology | None = None  # noqa: N815
     drainDuration: Duration | None = None  # noqa: N815
     terminationDrainDuration: Duration | None = None  # noqa: N815
+    tracing: Tracing | None = None
+    proxyStatsMatcher: ProxyStatsMatcher | None = None  # noqa: N815
 
 
 class PathNormalization(Strict):
     normalization: Literal["DEFAULT", "NONE", "BASE", "MERGE_SLASHES", "DECODE_AND_MERGE_SLASHES"]
+
+
+class DefaultProviders(Strict):
+    tracing: list[str] | None = None
 
 
 class MeshConfig(Strict):
@@ -97,6 +112,15 @@ class MeshConfig(Strict):
     defaultConfig: ProxyConfig | None = None  # noqa: N815
     pathNormalization: PathNormalization | None = None  # noqa: N815
     enableTracing: bool | None = None  # noqa: N815
+    defaultProviders: DefaultProviders | None = None  # noqa: N815
+
+    @model_validator(mode="after")
+    def _defaults_exist(self) -> Self:
+        names = [provider.name for provider in self.extensionProviders or []]
+        used = (self.defaultProviders.tracing or []) if self.defaultProviders else []
+        if missing := set(used) - set(names):
+            raise ValueError(f"no such provider: {', '.join(sorted(missing))}")
+        return self
 
     @model_validator(mode="after")
     def _no_name_begins_another(self) -> Self:

