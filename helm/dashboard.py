@@ -111,6 +111,16 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 (("count by (epoch) (authz_snapshot_info{PODS})", "{{epoch}}"),),
             ),
             Panel(
+                "The store",
+                "Lost records (an incident), collections edited by hand, acknowledged changes that are lost.",
+                "short",
+                (
+                    ("max(authz_store_incident{PODS})", "incident"),
+                    ("max(authz_store_edited_collections{PODS})", "edited by hand"),
+                    ("sum(increase(authz_changes_lost_total{PODS}[1h]))", "changes lost in an hour"),
+                ),
+            ),
+            Panel(
                 "Records",
                 "By kind.",
                 "short",
