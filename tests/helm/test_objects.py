@@ -2,6 +2,7 @@
 hold for all: names, labels, namespaces, restricted pods, settings that the server takes.
 """
 
+import copy
 import functools
 import importlib
 from pathlib import Path
@@ -10,7 +11,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from support.chart import CHART
-from support.helm import CI_VALUES, NAMESPACE, RELEASE, Object, Rendered, render, render_file
+from support.helm import CI, NAMESPACE, RELEASE, Object, Rendered, render, render_file
 
 KUBERNETES = ("1.29", "1.37")
 """The oldest version that Chart.yaml admits, and the newest that has schemas."""
@@ -23,7 +24,7 @@ MODELS = {
 }
 """API version of a custom resource -> the module of its models."""
 
-FEATURES = [None, *CI_VALUES]
+FEATURES = [None, *CI.values()]
 features = pytest.mark.parametrize("path", FEATURES, ids=lambda path: path.stem if path else "defaults")
 
 
@@ -51,15 +52,45 @@ def pods(found: Rendered) -> list[tuple[str, Object]]:
 @features
 def test_schemas(path: Path | None) -> None:
     for template, thing in rendered(path).objects:
-        if module := MODELS.get(thing["apiVersion"]):
-            model = getattr(importlib.import_module(module), thing["kind"])
-            model.model_validate(thing, extra="forbid")
-        else:
-            for version in KUBERNETES:
-                try:
-                    kubernetes_validate.validate(thing, version, strict=True)
-                except kubernetes_validate.ValidationError as error:
-                    pytest.fail(f"{template}, Kubernetes {version}: {list(error.path)}: {error.message}")
+        try:
+            check(thing)
+        except ValueError as error:
+            pytest.fail(f"{template}: {error}")
+
+
+def check(thing: Object) -> None:
+    """Raise ValueError when an object is not what its API takes, unknown fields included."""
+    if module := MODELS.get(thing["apiVersion"]):
+        getattr(importlib.import_module(module), thing["kind"]).model_validate(thing, extra="forbid")
+        return
+    for version in KUBERNETES:
+        try:
+            kubernetes_validate.validate(thing, version, strict=True)
+        except kubernetes_validate.ValidationError as error:
+            raise ValueError(f"Kubernetes {version}: {list(error.path)}: {error.message}") from None
+
+
+@pytest.mark.integration  # as above
+@pytest.mark.parametrize(
+    "template",
+    [
+        "workload.yaml",
+        "service.yaml",
+        "networkpolicy.yaml",
+        "istio/callers.yaml",
+        "istio/destination-rule.yaml",
+        "istio/envoy-filters.yaml",
+        "istio/peer-authentication.yaml",
+        "prometheusrule.yaml",
+        "servicemonitor.yaml",
+    ],
+)
+def test_a_field_that_there_is_not(template: str) -> None:
+    """The checks above can fail."""
+    thing = copy.deepcopy(render_file(CI["monitoring"]).of(template)[0])
+    thing["spec"]["noSuchField"] = True
+    with pytest.raises(ValueError, match="noSuchField"):
+        check(thing)
 
 
 def test_the_oldest_kubernetes_is_the_one_that_is_named() -> None:
@@ -165,7 +196,7 @@ def test_no_secret_is_made_and_none_is_in_a_variable(path: Path | None) -> None:
 def test_lint() -> None:
     import helm_python
 
-    for path in CI_VALUES:
+    for path in CI.values():
         report = helm_python.lint(CHART, yaml.safe_load(path.read_text()), strict=True)
         assert report["errors"] == []
         assert [message for message in report["messages"] if message["severity"] > 1] == []

@@ -40,6 +40,7 @@ from support.helm import nested, render
         ("istio.provider.timeout", "500"),
         ("istio.callers.principals", ["gateway"]),
         ("istio.customPolicy.exemptPaths", ["healthz"]),
+        ("istio.customPolicy.exemptPaths", ["/public*"]),
         ("istio.gateway.trustedHops", -1),
         ("serviceMonitor.interval", 15),
         ("extraObjects", [7]),

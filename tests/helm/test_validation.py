@@ -74,6 +74,10 @@ def problems(values: dict[str, Any]) -> list[str]:
             ["istio.provider.failOpen without istio.stripHeaders"],
         ),
         (
+            {"istio": {"customPolicy": {"exemptPaths": ["/healthz"]}, "stripHeaders": {"enabled": False}}},
+            ["istio.customPolicy.exemptPaths without istio.stripHeaders"],
+        ),
+        (
             {"istio": {"gateway": {"proxyProtocol": True, "trustedHops": 2}}},
             ["istio.gateway.proxyProtocol", "istio.gateway.trustedHops (2)"],
         ),

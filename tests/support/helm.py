@@ -15,7 +15,8 @@ NAMESPACE = "authz-system"
 REDIS: Mapping[str, Any] = {"redis": {"url": "redis://redis.data:6379/0"}}
 """The only value that has no default."""
 
-CI_VALUES = sorted((CHART / "ci").glob("*-values.yaml"))
+CI = {path.stem.removesuffix("-values"): path for path in sorted((CHART / "ci").glob("*-values.yaml"))}
+"""Feature -> its file of values."""
 
 Object = dict[str, Any]
 

@@ -82,6 +82,9 @@ told at once.
 {{- if and .istio.provider.failOpen (not .istio.stripHeaders.enabled) -}}
 {{- $problems = append $problems "istio.provider.failOpen without istio.stripHeaders: while no server can decide, clients would choose their instance by a header of their own" -}}
 {{- end -}}
+{{- if and .istio.customPolicy.exemptPaths (not .istio.stripHeaders.enabled) -}}
+{{- $problems = append $problems "istio.customPolicy.exemptPaths without istio.stripHeaders: on these paths clients would choose their instance by a header of their own" -}}
+{{- end -}}
 {{- if and .istio.gateway.proxyProtocol (gt (int .istio.gateway.trustedHops) 0) -}}
 {{- $problems = append $problems (printf "istio.gateway.proxyProtocol and istio.gateway.trustedHops (%d): behind PROXY protocol the client is the connection's peer, and with trusted hops it could choose its address by X-Forwarded-For; set trustedHops to 0" (int .istio.gateway.trustedHops)) -}}
 {{- end -}}

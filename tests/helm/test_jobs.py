@@ -1,0 +1,119 @@
+"""init.yaml, evaluation.yaml and tests/check.yaml: what runs beside the server."""
+
+import shlex
+from typing import Any
+
+import pytest
+from support.helm import CI, Object, render, render_file
+from typer.testing import CliRunner
+
+from authz_server.cli import authz_server, authzctl
+
+
+def container(template: Object) -> Object:
+    (found,) = template["spec"]["containers"]
+    return dict(found)
+
+
+class TestInit:
+    def test_a_hook_before_the_installation(self) -> None:
+        job = render().one("init.yaml")
+        assert job["metadata"]["annotations"]["helm.sh/hook"] == "pre-install"
+        # It runs before any other object of the release is there.
+        pod = job["spec"]["template"]["spec"]
+        assert "serviceAccountName" not in pod
+        assert not [volume for volume in pod.get("volumes", []) if "configMap" in volume]
+
+    def test_with_the_server_s_redis(self) -> None:
+        found = render_file(CI["redis-tls-acl"])
+        job = container(found.one("init.yaml")["spec"]["template"])
+        env = {variable["name"]: variable["value"] for variable in job["env"]}
+        assert env.pop("AUTHZCTL_ACTOR") == "helm/authz-server"
+        server = {variable["name"]: variable["value"] for variable in found.container()["env"]}
+        assert env == {name: value for name, value in server.items() if name.startswith("AUTHZ_REDIS_")}
+        assert job["volumeMounts"]
+
+    def test_with_the_chart_s_own_valkey_no_hook(self) -> None:
+        """A hook would wait for a Valkey that comes after it; a Job cannot be changed, so each revision has its own."""
+        names = [render_file(CI["evaluation"]).one("init.yaml")["metadata"]["name"]]
+        values = {"evaluation": {"enabled": True}, "redis": {}}
+        names.append(render(values, revision=2, is_upgrade=True).one("init.yaml")["metadata"]["name"])
+        assert names == ["authz-server-init-1", "authz-server-init-2"]
+        assert "annotations" not in render(values).one("init.yaml")["metadata"]
+
+    def test_switched_off(self) -> None:
+        assert render({"init": {"enabled": False}}).of("init.yaml") == []
+
+
+def commands() -> list[Any]:
+    found = render_file(CI["own-tls"])
+    init = container(found.one("init.yaml")["spec"]["template"])
+    check = container(found.of("tests/check.yaml")[1])
+    return [
+        pytest.param(init["command"], init["args"], authzctl.app, id="init"),
+        pytest.param(["authz-server"], found.container()["args"], authz_server.app, id="serve"),
+        pytest.param(["authz-server"], check["args"], authz_server.app, id="test"),
+    ]
+
+
+@pytest.mark.parametrize(("command", "args", "app"), commands())
+def test_commands_exist_with_these_options(command: list[str], args: list[str], app: Any) -> None:
+    """The command lines themselves read what the chart writes; `--help` after it keeps them from acting."""
+    assert command in (["authzctl"], ["authz-server"])
+    result = CliRunner().invoke(app, [*args, "--help"])
+    assert result.exit_code == 0, shlex.join([*command, *args])
+
+
+class TestEvaluation:
+    def test_off_by_default(self) -> None:
+        assert render().of("evaluation.yaml") == []
+
+    def test_the_server_uses_it(self) -> None:
+        found = render_file(CI["evaluation"])
+        deployment, service = found.of("evaluation.yaml")
+        env = {variable["name"]: variable["value"] for variable in found.container()["env"]}
+        assert env["AUTHZ_REDIS_URL"] == f"redis://{service['metadata']['name']}:6379/0"
+        assert service["spec"]["selector"].items() <= deployment["spec"]["template"]["metadata"]["labels"].items()
+        assert deployment["spec"]["replicas"] == 1
+
+    def test_a_full_memory_refuses_writes(self) -> None:
+        args = shlex.join(container(render_file(CI["evaluation"]).of("evaluation.yaml")[0]["spec"]["template"])["args"])
+        assert "--maxmemory-policy noeviction" in args
+        assert "--maxmemory 48mb" in args
+
+
+class TestHelmTest:
+    def test_it_asks_the_service_under_its_own_identity(self) -> None:
+        found = render()
+        account, pod = found.of("tests/check.yaml")
+        assert {thing["metadata"]["annotations"]["helm.sh/hook"] for thing in (account, pod)} == {"test"}
+        assert container(pod)["args"] == ["probe", "authz-server.authz-system.svc.cluster.local:9000"]
+        principal = f"cluster.local/ns/authz-system/sa/{pod['spec']['serviceAccountName']}"
+        assert pod["spec"]["serviceAccountName"] == account["metadata"]["name"]
+        allowed = found.of("istio/callers.yaml")[0]["spec"]["rules"][0]["from"][0]["source"]["principals"]
+        assert principal in allowed
+
+    def test_its_sidecar_does_not_keep_it_alive(self) -> None:
+        pod = render().of("tests/check.yaml")[1]["metadata"]
+        assert pod["labels"]["sidecar.istio.io/inject"] == "true"
+        assert pod["annotations"]["sidecar.istio.io/nativeSidecar"] == "true"
+
+    def test_with_the_server_s_own_tls(self) -> None:
+        pod = render_file(CI["own-tls"]).of("tests/check.yaml")[1]
+        assert pod["metadata"]["labels"]["sidecar.istio.io/inject"] == "false"
+        assert "--tls-ca=/etc/authz-server/tls/ca.crt" in container(pod)["args"]
+        volumes = {volume["name"]: volume["secret"] for volume in pod["spec"]["volumes"]}
+        assert [item["key"] for item in volumes["tls-ca"]["items"]] == ["ca.crt"], "not the server's key"
+        assert volumes["tls-client"]["secretName"] == "authz-test-tls"
+
+    def test_switched_off(self) -> None:
+        found = render({"tests": {"enabled": False}})
+        assert found.of("tests/check.yaml") == []
+        principals = found.of("istio/callers.yaml")[0]["spec"]["rules"][0]["from"][0]["source"]["principals"]
+        assert principals == ["cluster.local/ns/istio-ingress/sa/istio-ingress"]
+
+
+def test_extra_objects() -> None:
+    from_map, from_text = render_file(CI["extra-objects"]).of("extraobjects.yaml")
+    assert from_map["metadata"] == {"name": "authz-server-extra", "namespace": "authz-system"}
+    assert (from_text["metadata"]["name"], from_text["data"]) == ("authz-server-text", {"replicas": "3"})
