@@ -46,6 +46,22 @@ FREE = (
 )
 
 
+# Of istio/proxy, source/extensions/filters/http/istio_stats/istio_stats.cc, all_tags_: for both ends of a request ...
+_ENDS = (
+    "workload",
+    "workload_namespace",
+    "principal",
+    "app",
+    "version",
+    "canonical_service",
+    "canonical_revision",
+    "cluster",
+)
+# ... and the rest.
+_OTHERS = ("reporter", "request_protocol", "response_flags", "connection_security_policy", "response_code")
+ISTIO_LABELS = {*(f"{end}_{label}" for end in ("source", "destination") for label in _ENDS), *_OTHERS}
+
+
 def _name(path: Path) -> str:
     return str(path.relative_to(ISTIO))
 
@@ -59,6 +75,12 @@ def platform() -> list[Manifest]:
     return kustomize(ISTIO / "example")
 
 
+@pytest.fixture(scope="module")
+def plain() -> list[Manifest]:
+    """Gateway and base without overlays."""
+    return kustomize(ISTIO / "gateway") + kustomize(ISTIO / "base")
+
+
 @pytest.mark.parametrize("folder", [ISTIO / "gateway", ISTIO / "base", ISTIO / "example"], ids=_name)
 def test_a_kustomization_builds_valid_objects(folder: Path) -> None:
     built = kustomize(folder)
@@ -68,12 +90,26 @@ def test_a_kustomization_builds_valid_objects(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("overlay", KUSTOMIZED, ids=lambda path: path.name)
-def test_an_overlay_on_gateway_and_base_builds_valid_objects(overlay: Path, tmp_path: Path) -> None:
+def test_an_overlay_on_gateway_and_base_builds_valid_objects(
+    overlay: Path, plain: list[Manifest], tmp_path: Path
+) -> None:
     built = compose(tmp_path, overlay)
-    for manifest in built:
+    changed = [manifest for manifest in built if manifest not in plain]
+    for manifest in changed:
         validate(manifest)
-    plain = kustomize(ISTIO / "gateway") + kustomize(ISTIO / "base")
-    assert any(manifest not in plain for manifest in built), "the overlay changes nothing"
+    assert changed, "the overlay changes nothing"
+
+
+@pytest.mark.parametrize("overlay", KUSTOMIZED, ids=lambda path: path.name)
+def test_an_overlay_that_patches_nothing_can_be_applied_alone(overlay: Path) -> None:
+    """As the README does it; one that patches says what it misses, and does not do a half of it."""
+    kustomization = read(overlay / "kustomization.yaml")[0]
+    if "patches" in kustomization:
+        with pytest.raises(subprocess.CalledProcessError) as refusal:
+            kustomize(overlay)
+        assert "no matches for Id" in refusal.value.stderr
+    else:
+        assert kustomize(overlay)
 
 
 def test_every_object_is_in_a_build_and_every_file_says_what_it_does() -> None:
@@ -171,6 +207,15 @@ def test_grace_exceeds_drain(platform: list[Manifest]) -> None:
     assert config.drainDuration == config.terminationDrainDuration == "600s"
     assert grace == 660
     assert _seconds(environment["MINIMUM_DRAIN_DURATION"]) < _seconds(config.drainDuration) < grace
+
+
+def test_the_labels_taken_off_metrics_exist(platform: list[Manifest]) -> None:
+    """Istio takes a label that does not exist off without a word."""
+    (telemetry,) = (manifest for manifest in platform if _identity(manifest) == "Telemetry/mesh-default")
+    overrides = [each for metrics in telemetry["spec"]["metrics"] for each in metrics["overrides"]]
+    removed = {label for each in overrides for label in each.get("tagOverrides", {})}
+    assert removed
+    assert removed <= ISTIO_LABELS
 
 
 def test_no_request_is_left_without_a_route(platform: list[Manifest]) -> None:
