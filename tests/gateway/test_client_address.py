@@ -14,6 +14,7 @@ from typing import Literal
 
 import pytest
 from support.gateway import TENANT_HEADER_SOURCE, Answer, AuthzServer, Headers, ask, policy
+from support.proxy_protocol import V2_LOCAL, V2_PROXY, V2_TCP4, V2_TCP6, V2_UNSPECIFIED, v1, v2, v2_addresses
 
 from authz_server.demo.envoy import Envoy
 from authz_server.demo.envoy_config import Address, GatewayOptions, appending_proxy_config, gateway_config
@@ -41,25 +42,6 @@ CLIENT_6 = "2001:db8::7"
 ADDRESSES = {CLIENT, PROXY, BALANCER, FORGED, OTHER_FORGED, FORGED_6, CLIENT_4, CLIENT_6, "::1"}
 
 EXTERNAL = "x-envoy-external-address"
-
-V2_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
-V2_LOCAL, V2_PROXY = 0x20, 0x21
-V2_UNSPECIFIED, V2_TCP4, V2_TCP6 = 0x00, 0x11, 0x21
-
-
-def v1(protocol: str, client: str, gateway: str) -> bytes:
-    """A PROXY protocol header, version 1 (haproxy's proxy-protocol.txt, section 2.1)."""
-    return f"PROXY {protocol} {client} {gateway} 40000 443\r\n".encode()
-
-
-def v2(command: int, family: int, addresses: bytes = b"", extra: bytes = b"") -> bytes:
-    """A PROXY protocol header, version 2 (section 2.2)."""
-    return V2_SIGNATURE + struct.pack("!BBH", command, family, len(addresses + extra)) + addresses + extra
-
-
-def v2_addresses(family: socket.AddressFamily, client: str, gateway: str) -> bytes:
-    return socket.inet_pton(family, client) + socket.inet_pton(family, gateway) + struct.pack("!HH", 40000, 443)
-
 
 V1_TCP4 = v1("TCP4", CLIENT_4, "127.0.0.1")
 V1_TCP6 = v1("TCP6", CLIENT_6, "::1")

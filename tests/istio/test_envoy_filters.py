@@ -35,7 +35,7 @@ NEWEST = ENVOY_VERSIONS[-1]
 
 
 def gateway_listeners() -> list[listener.Listener]:
-    """What istiod sends to a gateway with HTTP, HTTPS and the base's policy."""
+    """What istiod sends to a gateway with HTTP, HTTPS, the base's policy and the filter for persistent sessions."""
     emitted = json.loads(GOLDEN.read_text())
     for each in emitted:
         (manager,) = each["filter_chains"][0]["filters"]
@@ -85,7 +85,12 @@ def refusal(listeners: list[listener.Listener], version: str, folder: Path) -> s
 
 def test_the_envoy_filters_are_those_that_the_readme_lists() -> None:
     readme = (ISTIO / "README.md").read_text()
-    assert sorted(ENVOY_FILTERS) == ["clear-route-cache", "proxy-protocol", "routing-header-safety"]
+    assert sorted(ENVOY_FILTERS) == [
+        "clear-route-cache",
+        "proxy-protocol",
+        "routing-header-safety",
+        "session-of-instance",
+    ]
     for name in ENVOY_FILTERS:
         assert f"`{name}`" in readme
 
@@ -116,6 +121,10 @@ def test_all_together_do_what_each_says_and_no_more(version: str, tmp_path: Path
         assert changed.pop("commonHttpProtocolOptions") == {"headersWithUnderscoresAction": "REJECT_REQUEST"}
         clearing = [part for part in changed["httpFilters"] if part["typedConfig"].pop("clearRouteCache", False)]
         assert [part["name"] for part in clearing] == ["envoy.filters.http.ext_authz"]
+        names = [part["name"] for part in changed["httpFilters"]]
+        added = names.index("envoy.filters.http.lua.session-of-instance")
+        assert names[added + 1] == "envoy.filters.http.stateful_session"
+        del changed["httpFilters"][added]
         assert changed == known
 
 

@@ -1,12 +1,12 @@
 """Client address: PROXY protocol behind a network load balancer, trusted proxies behind an HTTP one, neither."""
 
 import socket
-import struct
 
 import pytest
 from support.gateway import AuthzServer, Headers, ask, policy
 from support.istio.manifests import compose
 from support.istio.platform import SITE, Launcher, Pods, authz_service
+from support.proxy_protocol import V2_PROXY, V2_TCP4, V2_TCP6, v1, v2, v2_addresses
 
 from authz_server.demo.envoy import Envoy
 from authz_server.policy.reasons import Reason
@@ -23,26 +23,11 @@ FORGED: Headers = (
     ("Forwarded", "for=198.51.100.9"),
 )
 
-_V2_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
-
-
-def v1(client: str, gateway: str, family: str = "TCP4") -> bytes:
-    """A PROXY protocol header, version 1 (haproxy's proxy-protocol.txt, section 2.1)."""
-    return f"PROXY {family} {client} {gateway} 40000 443\r\n".encode()
-
-
-def v2(client: str, gateway: str, family: socket.AddressFamily = socket.AF_INET) -> bytes:
-    """A PROXY protocol header, version 2 (section 2.2)."""
-    addresses = socket.inet_pton(family, client) + socket.inet_pton(family, gateway) + struct.pack("!HH", 40000, 443)
-    kind = 0x11 if family == socket.AF_INET else 0x21
-    return _V2_SIGNATURE + struct.pack("!BBH", 0x21, kind, len(addresses)) + addresses
-
-
 PREAMBLES = [
-    pytest.param(v1(CLIENT, "192.0.2.1"), CLIENT, id="v1"),
-    pytest.param(v1(CLIENT_6, "2001:db8::1", "TCP6"), CLIENT_6, id="v1_ipv6"),
-    pytest.param(v2(CLIENT, "192.0.2.1"), CLIENT, id="v2"),
-    pytest.param(v2(CLIENT_6, "2001:db8::1", socket.AF_INET6), CLIENT_6, id="v2_ipv6"),
+    pytest.param(v1("TCP4", CLIENT, "192.0.2.1"), CLIENT, id="v1"),
+    pytest.param(v1("TCP6", CLIENT_6, "2001:db8::1"), CLIENT_6, id="v1_ipv6"),
+    pytest.param(v2(V2_PROXY, V2_TCP4, v2_addresses(socket.AF_INET, CLIENT, "192.0.2.1")), CLIENT, id="v2"),
+    pytest.param(v2(V2_PROXY, V2_TCP6, v2_addresses(socket.AF_INET6, CLIENT_6, "2001:db8::1")), CLIENT_6, id="v2_ipv6"),
 ]
 
 

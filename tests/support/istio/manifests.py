@@ -71,6 +71,14 @@ def compose(*overlays: str) -> Composition:
     return Composition(tuple(map(_resource, built)), values.get("meshConfig", {}), values.get("env", {}))
 
 
+@functools.cache
+def compose_example() -> Composition:
+    """Build istio/example, with its own values file."""
+    folder = ISTIO / "example"
+    values = yaml.safe_load((folder / "istiod-values.yaml").read_text())
+    return Composition(tuple(map(_resource, kustomize(folder))), values.get("meshConfig", {}), values.get("env", {}))
+
+
 def _resource(manifest: Mapping[str, Any]) -> Resource:
     metadata = manifest["metadata"]
     return Resource(

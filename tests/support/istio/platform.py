@@ -12,6 +12,7 @@ from support.gateway import AuthzServer
 from support.istio.clusters import Pod, Service
 from support.istio.manifests import Composition
 from support.istio.proxies import Gateway, Sidecar
+from support.waiting import wait_until
 
 AUTHZ = "authz-server.authz-system.svc.cluster.local"
 QUEUE = "queue.platform.svc.cluster.local"
@@ -32,13 +33,23 @@ class Pods:
     failing: set[str] = field(default_factory=set)
     """Names of the pods that answer everything with 500."""
 
-    def queue(self, *names: str) -> Service:
-        """The queue service with these pods, or all three: those of a StatefulSet."""
-        return Service(QUEUE, 80, self._pods(names or QUEUES), labels={})
+    def queue(self, *names: str, composition: Composition | None = None) -> Service:
+        """The queue service with these pods, or all three: those of a StatefulSet.
+
+        With the labels that a composition gives the Service.
+        """
+        services = [] if composition is None else composition.of_kind("Service")
+        labels = next((service.labels for service in services if service.name == "queue"), {})
+        return Service(QUEUE, 80, self._pods(names or QUEUES), labels=labels)
 
     def alike(self, host: str, *names: str) -> Service:
         """A service of this host whose pods are alike: these, or all four."""
         return Service(host, 80, self._pods(names or ALIKE))
+
+    def ip_and_port(self, name: str) -> str:
+        """A pod's address as route-by-session has instances named."""
+        host, port = self.upstreams.addresses[name]
+        return f"{host}-{port}"
 
     def _pods(self, names: tuple[str, ...]) -> list[Pod]:
         return [
@@ -58,12 +69,36 @@ class Launcher:
         """A gateway, whose endpoints are those of the services."""
         return self._envoy(Gateway(composition, services, self.folder(), listen).bootstrap())
 
-    def envoy(self, proxy: Gateway | Sidecar) -> Envoy:
-        """A proxy that a test has put together."""
-        return self._envoy(proxy.bootstrap())
+    def sidecar(self, composition: Composition, *services: Service) -> Envoy:
+        """A sidecar of a workload that calls the services."""
+        return self._envoy(Sidecar(composition, services, self.folder()).bootstrap())
+
+    def changing(self, kind: type[Gateway] | type[Sidecar], composition: Composition, *services: Service) -> "Changing":
+        """A proxy whose services' pods will change."""
+        proxy = kind(composition, services, self.folder())
+        return Changing(proxy, self._envoy(proxy.bootstrap()))
 
     def _envoy(self, bootstrap: bytes) -> Envoy:
         return self.stack.enter_context(Envoy(bootstrap, name=f"envoy-{self.version}", binary=binary_of(self.version)))
+
+
+@dataclass(slots=True)
+class Changing:
+    """A proxy whose services' pods change, as the control plane would tell it."""
+
+    proxy: Gateway | Sidecar
+    envoy: Envoy
+
+    def now(self, service: Service) -> None:
+        """The service has these pods now. Returns when Envoy has taken it up, in all the service's clusters."""
+        known = {
+            name: count
+            for name, count in self.envoy.stats("cluster.").items()
+            if f"|{service.host}" in name and name.endswith(".update_success")
+        }
+        assert known, f"no cluster of {service.host}"
+        self.proxy.write_pods([service])
+        wait_until(lambda: all(self.envoy.stats(name)[name] > count for name, count in known.items()))
 
 
 def authz_service(server: AuthzServer) -> Service:
