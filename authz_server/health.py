@@ -14,6 +14,11 @@ class ComponentName(StrEnum):
     """Envoy's calls are accepted, and the process is not draining."""
     REDIS = "redis"
     """The store answers. Not required: decisions go on from the last snapshot without it."""
+    SNAPSHOT_FILE = "snapshot_file"
+    """The last good snapshot is on disk. Not required: only a start without the store needs it."""
+
+
+_NOT_REQUIRED = (ComponentName.REDIS, ComponentName.SNAPSHOT_FILE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +37,7 @@ class HealthState:
 
     def __init__(self) -> None:
         self._components = {
-            name: Component(ready=False, detail="not started", required=name is not ComponentName.REDIS)
+            name: Component(ready=False, detail="not started", required=name not in _NOT_REQUIRED)
             for name in ComponentName
         }
         self._subscribers: list[Callable[[bool], None]] = []

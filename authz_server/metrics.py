@@ -16,6 +16,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from authz_server.loader import Source
 from authz_server.policy.affinity import Affinity
 from authz_server.policy.decision import Allowed, Decision
 from authz_server.policy.reasons import Reason
@@ -177,6 +178,8 @@ class StateCollector(Collector):
         self,
         *,
         current: Callable[[], Snapshot | None],
+        source: Callable[[], Source | None],
+        file_problem: Callable[[], str | None],
         age_seconds: Callable[[], float | None],
         connected: Callable[[], bool],
         incident: Callable[[], bool],
@@ -189,6 +192,8 @@ class StateCollector(Collector):
 
         Args:
             current: returns the snapshot that decisions are made from.
+            source: returns where it came from.
+            file_problem: returns what is wrong with the snapshot file, "" for nothing, None without a file.
             age_seconds: returns how long ago the store last confirmed that snapshot; None: never.
             connected: tells whether the store is connected.
             incident: tells whether the store's records do not fit their counts.
@@ -198,6 +203,8 @@ class StateCollector(Collector):
             log_dropped: returns how many decisions the log could not take.
         """
         self._current = current
+        self._source = source
+        self._file_problem = file_problem
         self._age_seconds = age_seconds
         self._connected = connected
         self._incident = incident
@@ -232,6 +239,13 @@ class StateCollector(Collector):
             "Decisions that were to be logged and were lost: the log's reader is too slow, or gone.",
             value=self._log_dropped(),
         )
+        file_problem = self._file_problem()
+        if file_problem is not None:
+            yield GaugeMetricFamily(
+                "authz_snapshot_file_good",
+                "Whether the last good snapshot is on disk for a start without the store (1) or not (0).",
+                value=not file_problem,
+            )
         age_seconds = self._age_seconds()
         if age_seconds is not None:
             yield GaugeMetricFamily(
@@ -244,7 +258,9 @@ class StateCollector(Collector):
             return
         counts = snapshot.counts()
         yield InfoMetricFamily(
-            "authz_snapshot", "Which policy decisions are made from.", value={"epoch": snapshot.epoch}
+            "authz_snapshot",
+            "Which policy decisions are made from.",
+            value={"epoch": snapshot.epoch, "source": str(self._source())},
         )
         yield GaugeMetricFamily(
             "authz_snapshot_revision", "Revision of the snapshot that decisions are made from.", value=snapshot.revision

@@ -18,8 +18,9 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from authz_server.loader import Loaded, Loader, Source, StoreLoader, release
 from authz_server.policy.records import Record, RecordKey, Unreadable
-from authz_server.policy.snapshot import DecisionOptions, Snapshot, build_snapshot
+from authz_server.policy.snapshot import DecisionOptions, Snapshot, SnapshotDraft
 from authz_server.store.interface import (
     Event,
     InconsistentStateError,
@@ -40,7 +41,7 @@ _VERIFY_AN_INCIDENT_SECONDS = 5.0
 _LARGEST_DIFFERENCE = 50_000
 """A replacement of more records is not applied but loaded: that is done beside the checks, this between them."""
 _SLICE = 250
-"""So many records of a replacement are applied at once; then checks have their turn."""
+"""So many records are applied at once; then checks have their turn."""
 _REMEMBERED = 1000
 """Events that can be named should the store lose them."""
 _RECORDS_REMEMBERED = 20
@@ -48,6 +49,9 @@ _RECORDS_REMEMBERED = 20
 _HISTORY_PAGE = 100
 _LONGEST_DELAY_OF_AN_INCIDENT_SECONDS = 10.0
 """People have to end an incident, and until then every attempt reads everything."""
+_FIRST_LOOK_SECONDS = 1.0
+"""So long the store may take to confirm a snapshot of an earlier process before that is used unconfirmed."""
+_COPIES_PER_SLICE = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,8 @@ class RefresherStatus:
     """What is wrong, for people; empty when nothing is."""
     position: Position | None = None
     """Of the last snapshot."""
+    source: Source | None = None
+    """FILE: the last snapshot is that of an earlier process, and the store has not confirmed it yet."""
     confirmed_at: float = -math.inf
     """When the last snapshot was last proven to be the newest, in seconds of the refresher's (monotonic) clock."""
     loads: int = 0
@@ -102,6 +108,7 @@ class Refresher:
     Args:
         store: what to follow.
         options: the operator's settings that go into every snapshot.
+        loader: gets whole policies; by default within this process.
         on_event: called with each event that was applied, after the snapshot that holds it is in use. Must not block.
         on_status: called with each new status. Must not block.
         on_lost: called when the store has lost changes that were applied here. Must not block.
@@ -114,6 +121,7 @@ class Refresher:
         store: Store,
         options: DecisionOptions,
         *,
+        loader: Loader | None = None,
         on_event: Callable[[Event], None] | None = None,
         on_status: Callable[[RefresherStatus], None] | None = None,
         on_lost: Callable[[LostChanges], None] | None = None,
@@ -124,7 +132,7 @@ class Refresher:
         """What decisions are made from; None before the first load, and when it is too old."""
         self.status = RefresherStatus()
         self._store = store
-        self._options = options
+        self._loader = loader or StoreLoader(store, options, clock)
         self._on_event = on_event
         self._on_status = on_status
         self._on_lost = on_lost
@@ -142,11 +150,19 @@ class Refresher:
         self._verify_at = -math.inf
         self._incident = ""
         self._edited: tuple[str, ...] = ()
+        self._changed: set[RecordKey] = set()
+        """The records that changed since the loader was last at work."""
+        self._changed_since = -math.inf
+        self._repacking: asyncio.Task[Loaded] | None = None
+        self._repacked: frozenset[RecordKey] = frozenset()
+        """What the loader takes into account at the moment."""
+        self._releasing: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         """Follow the store until cancelled; troubles are told in `status`, never raised."""
         failures = 0
         try:
+            await self._restore()
             while True:
                 try:
                     if self._last is None or self._position is None:
@@ -155,6 +171,7 @@ class Refresher:
                         await self._follow(self._last, self._position)
                         await self._verify()
                         failures = 0
+                        await self._keep_packed()
                 except Exception as error:  # noqa: BLE001 - a refresher that died would freeze the policy unseen
                     if not isinstance(error, StoreError) or isinstance(error, PositionLostError):
                         self._position = None
@@ -164,21 +181,37 @@ class Refresher:
         finally:
             if self._expiry:
                 self._expiry.cancel()
+            await self._stop_repacking()
+
+    async def _restore(self) -> None:
+        """Begin with the last good snapshot of an earlier process, if there is one, and see what the store says."""
+        try:
+            loaded = await self._loader.restore()
+        except Exception as error:  # noqa: BLE001 - as in `run`; the store may have it all
+            self._report(error)
+            return
+        if loaded is None:
+            return
+        self._changed_since = self._clock()
+        self._last, self._position = loaded.snapshot, loaded.position
+        try:
+            async with asyncio.timeout(_FIRST_LOOK_SECONDS):
+                await self._follow(loaded.snapshot, loaded.position)
+        except Exception as error:  # noqa: BLE001 - as in `run`
+            trouble = _told(error)
+            self._use(loaded.snapshot, loaded.position, loaded.confirmed_at, source=Source.FILE, trouble=trouble)
+            if isinstance(error, PositionLostError):
+                self._position = None
 
     async def _load(self) -> None:
-        policy = await self._store.load()
-        confirmed_at = self._clock()
-        snapshot = build_snapshot(
-            policy.records,
-            epoch=policy.position.epoch,
-            revision=policy.position.revision,
-            options=self._options,
-            last_good=self._last,
-        )
-        lost = await self._lost(policy.position)
-        self._incident, self._edited = "", policy.edited
+        await self._stop_repacking()
+        await self._store.position()  # a store that is away, or has no policy, is not worth a process
+        loaded = await self._loader.load(self._last)
+        lost = await self._lost(loaded.position)
+        self._incident, self._edited = "", loaded.edited
         self._verify_later()
-        self._use(snapshot, policy.position, confirmed_at, loads=1, lost=lost.count if lost else 0)
+        self._replace(loaded.snapshot)
+        self._use(loaded.snapshot, loaded.position, loaded.confirmed_at, loads=1, lost=lost.count if lost else 0)
         if lost:
             self._remembered.clear()
             if self._on_lost:
@@ -238,6 +271,52 @@ class Refresher:
             )
         return ""
 
+    async def _keep_packed(self) -> None:
+        """Have the loader take up what has changed, when it is time, and go over to its result."""
+        assert self._last is not None  # noqa: S101 - nothing is kept before it is loaded
+        assert self._position is not None  # noqa: S101
+        task = self._repacking
+        if task is None:
+            if self._loader.is_repack_due(len(self._changed), self._clock() - self._changed_since):
+                self._repacked = frozenset(self._changed)
+                self._changed.clear()
+                self._changed_since = self._clock()
+                loaded = Loaded(self._last, self._position, self.status.confirmed_at, Source.REDIS)
+                self._repacking = asyncio.create_task(self._loader.repack(loaded, self._repacked))
+            return
+        if not task.done():
+            return
+        self._repacking = None
+        try:
+            repacked = task.result()
+        except Exception:  # noqa: BLE001 - the loader told why, and the snapshot in use is none the worse
+            self._changed |= self._repacked
+            return
+        draft = SnapshotDraft(repacked.snapshot)
+        for number, key in enumerate(self._changed):
+            draft.copy(key, self._last)
+            if number % _COPIES_PER_SLICE == 0:
+                await asyncio.sleep(0)
+        snapshot = draft.done(self._last.revision)
+        self._replace(snapshot)
+        self.current = snapshot if self.current is not None else None
+
+    def _replace(self, snapshot: Snapshot) -> None:
+        """Let another snapshot take the place of the last one."""
+        before, self._last = self._last, snapshot
+        if before is not None:
+            task = asyncio.create_task(release(before))
+            self._releasing.add(task)
+            task.add_done_callback(self._releasing.discard)
+
+    async def _stop_repacking(self) -> None:
+        self._changed.clear()
+        self._changed_since = self._clock()
+        if self._repacking is not None:
+            self._repacking.cancel()
+            await asyncio.wait({self._repacking})
+            self._repacking = None
+
     async def _follow(self, snapshot: Snapshot, position: Position) -> None:
         # After a trouble, first see whether we may trust the snapshot again; then wait for news.
         wait_seconds = self._wait_seconds if self.status.connected else 0.0
@@ -247,13 +326,13 @@ class Refresher:
         changes: list[tuple[RecordKey, Record | Unreadable | None]] = []
         for event in events:
             if event.parts:
-                snapshot = await self._apply_parts(snapshot.with_changes(position.revision, changes), event)
+                snapshot = await self._apply_parts(await self._apply(snapshot, position.revision, changes), event)
                 changes.clear()
             changes += ((item.key, item.record) for item in event.records)
             counts.update(event.counts)
             position = event.position
         if events:
-            snapshot = snapshot.with_changes(position.revision, changes)
+            snapshot = await self._apply(snapshot, position.revision, changes)
         _require_counts(snapshot, counts, position)
         self._use(snapshot, position, confirmed_at, events=len(events))
         for event in events:
@@ -266,10 +345,19 @@ class Refresher:
         if event.size > _LARGEST_DIFFERENCE:
             raise PositionLostError(f"revision {revision} changed {event.size} records: loading them is cheaper")
         async for part in self._store.difference(event):
-            for start in range(0, len(part), _SLICE):
-                changes = ((item.key, item.record) for item in part[start : start + _SLICE])
-                snapshot = snapshot.with_changes(revision, changes)
+            snapshot = await self._apply(snapshot, revision, [(item.key, item.record) for item in part])
+            await asyncio.sleep(0)
+        return snapshot
+
+    async def _apply(
+        self, snapshot: Snapshot, revision: int, changes: list[tuple[RecordKey, Record | Unreadable | None]]
+    ) -> Snapshot:
+        """Return the snapshot after changes; if they are many, checks have their turn between them."""
+        self._changed.update(key for key, _ in changes)
+        for start in range(0, len(changes) or 1, _SLICE):
+            if start:
                 await asyncio.sleep(0)
+            snapshot = snapshot.with_changes(revision, changes[start : start + _SLICE])
         return snapshot
 
     def _use(
@@ -278,6 +366,8 @@ class Refresher:
         position: Position,
         confirmed_at: float,
         *,
+        source: Source = Source.REDIS,
+        trouble: str = "",
         loads: int = 0,
         events: int = 0,
         lost: int = 0,
@@ -288,12 +378,15 @@ class Refresher:
             if self._expiry:
                 self._expiry.cancel()
             left = self._max_age_seconds - (self._clock() - confirmed_at)
+            if left <= 0:
+                self.current = None
             self._expiry = asyncio.get_running_loop().call_later(left, self._expire)
         self._set_status(
             RefresherStatus(
-                connected=True,
-                problem=self._problem(),
+                connected=not trouble,
+                problem=trouble or self._problem(),
                 position=position,
+                source=source,
                 confirmed_at=confirmed_at,
                 loads=self.status.loads + loads,
                 events=self.status.events + events,
@@ -308,7 +401,7 @@ class Refresher:
         self._set_status(self.status)
 
     def _report(self, error: Exception, *, connected: bool = False) -> None:
-        problem = str(error) if isinstance(error, StoreError) else f"internal error: {error!r}"
+        problem = _told(error)
         if isinstance(error, InconsistentStateError):
             self._incident = problem
         self._set_status(replace(self.status, connected=connected, problem=problem, incident=self._incident))
@@ -325,6 +418,12 @@ def _require_counts(snapshot: Snapshot, counts: Mapping[str, int], position: Pos
         key = record_key_of(name, "")
         if (found := snapshot.count(key.kind, key.list_name)) != expected:
             raise PositionLostError(f"at revision {position.revision} {name} has {found} records, not {expected}")
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return f"the store did not answer within {_FIRST_LOOK_SECONDS:g} seconds"
+    return str(error) if isinstance(error, StoreError) else f"internal error: {error!r}"
 
 
 def _delay_seconds(error: Exception, failures: int) -> float:

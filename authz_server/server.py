@@ -18,7 +18,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -29,6 +30,7 @@ from authz_server.ext_authz.check_response import ResponseOptions
 from authz_server.ext_authz.checker import Checked, Checker
 from authz_server.ext_authz.grpcio_transport import GrpcioTransport, TlsFiles, TransportError
 from authz_server.health import ComponentName, HealthState
+from authz_server.loader import ChildLoader, Source
 from authz_server.metrics import Metrics, StateCollector
 from authz_server.policy.snapshot import Snapshot
 from authz_server.refresher import LostChanges, Refresher, RefresherStatus
@@ -82,7 +84,8 @@ async def _serve(settings: Settings, stopping: asyncio.Event, stack: AsyncExitSt
     health = HealthState()
     metrics = Metrics()
     log = DecisionLog(_log_options(settings), _to_standard_output if settings.decision_log == "stdout" else None)
-    store = RedisStore(settings.store_url(), prefix=settings.redis_prefix)
+    file_watch = FileWatch(settings.snapshot_file, health)
+    store, loader = _store_and_loader(settings, file_watch)
 
     def on_event(event: Event) -> None:
         metrics.observe_change(event.at, time.time())
@@ -103,6 +106,7 @@ async def _serve(settings: Settings, stopping: asyncio.Event, stack: AsyncExitSt
     refresher = Refresher(
         store,
         settings.decision_options(),
+        loader=loader,
         on_event=on_event,
         on_status=on_status,
         on_lost=log_lost,
@@ -124,6 +128,8 @@ async def _serve(settings: Settings, stopping: asyncio.Event, stack: AsyncExitSt
             edited=lambda: len(refresher.status.edited),
             lost=lambda: refresher.status.lost,
             ready=health.is_ready,
+            source=lambda: refresher.status.source,
+            file_problem=lambda: file_watch.problem,
             log_dropped=lambda: log.dropped,
         )
     )
@@ -143,6 +149,7 @@ async def _serve(settings: Settings, stopping: asyncio.Event, stack: AsyncExitSt
 
     # Everything is left in the reverse order of these lines, also when one of them fails.
     stack.push_async_callback(store.close)
+    stack.callback(loader.close)
     stack.enter_context(_writing(log))
     if tracing:
         stack.push_async_callback(asyncio.to_thread, tracing.close)
@@ -189,11 +196,13 @@ class StatusWatch:
         snapshot = self._current()
         if snapshot:
             detail = f"revision {snapshot.revision} of epoch {snapshot.epoch}"
+            if status.source is Source.FILE:
+                detail += ", from the snapshot file and not confirmed by the store yet"
         elif status.position:
             detail = "too old: the store has not confirmed it for longer than max_snapshot_age_seconds"
         else:
             detail = f"not loaded: {status.problem}"
-        if status.loads != self._last.loads and snapshot:
+        if snapshot and (status.loads != self._last.loads or self._last.position is None):
             before = self._last.position
             replaced = before is not None and before.epoch != snapshot.epoch
             # Another epoch is another policy: restored, or made anew and empty, and perhaps not by intent.
@@ -202,6 +211,7 @@ class StatusWatch:
                 "the policy was replaced by another" if replaced else "snapshot loaded",
                 epoch=snapshot.epoch,
                 revision=snapshot.revision,
+                source=str(status.source),
                 counts=snapshot.counts(),
                 degraded_scopes=snapshot.degraded_scopes(),
                 epoch_before=before.epoch if before else None,
@@ -220,6 +230,29 @@ class StatusWatch:
         self._health.set(ComponentName.SNAPSHOT, ready=snapshot is not None, detail=detail)
         sound = status.connected and not status.problem
         self._health.set(ComponentName.REDIS, ready=sound, detail=status.problem or "connected")
+
+
+class FileWatch:
+    """Knows what is wrong with the snapshot file, and logs the changes of that."""
+
+    def __init__(self, path: Path | None, health: HealthState) -> None:
+        self.problem: str | None = None if path is None else "not used yet"
+        """For people; empty when nothing is wrong, None without a file."""
+        self._path = path
+        self._health = health
+        without = "none is set (snapshot_file): a start needs the store"
+        health.set(ComponentName.SNAPSHOT_FILE, ready=path is None, detail=without if path is None else "not used yet")
+
+    def __call__(self, problem: str) -> None:
+        """Take note of an attempt to use the file or to write it."""
+        if problem and problem != self.problem:
+            _log.warning("snapshot file", problem=problem)
+        elif not problem and self.problem:
+            _log.info("snapshot file in use", path=str(self._path))
+        if self._path is not None:
+            self.problem = problem
+            detail = problem or f"{self._path} is up to date"
+            self._health.set(ComponentName.SNAPSHOT_FILE, ready=not problem, detail=detail)
 
 
 class Observer:
@@ -410,6 +443,19 @@ def _log_options(settings: Settings) -> LogOptions:
         allowed_ratio=settings.decision_log_allowed_ratio,
         anonymize=settings.decision_log_anonymize,
     )
+
+
+def _store_and_loader(settings: Settings, file_watch: FileWatch) -> tuple[RedisStore, ChildLoader]:
+    arguments: dict[str, Any] = {"url": settings.store_url(), "prefix": settings.redis_prefix}
+    loader = ChildLoader(
+        arguments,
+        settings.decision_options(),
+        origin=settings.store_origin(),
+        path=settings.snapshot_file,
+        max_age_seconds=settings.snapshot_file_max_age_seconds,
+        on_file=file_watch,
+    )
+    return RedisStore(**arguments), loader
 
 
 def _response_options(settings: Settings) -> ResponseOptions:

@@ -180,6 +180,12 @@ def _readable(path: Path | None) -> Path | None:
     return path
 
 
+def _in_a_folder(path: Path | None) -> Path | None:
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise ValueError(f"{str(path)!r} is not a file's name in a folder that there is")
+    return path
+
+
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is not text: put it into quotes")  # noqa: TRY004 - pydantic collects ValueError
@@ -325,6 +331,17 @@ class Settings(BaseSettings):
         "snapshot however old",
     )
 
+    snapshot_file: Annotated[Path | None, AfterValidator(_in_a_folder), BeforeValidator(_none_if_empty)] = Field(
+        None,
+        description="Where the last good snapshot is kept for a start without the store, such as "
+        "/var/lib/authz/snapshot; unset: nowhere",
+    )
+    snapshot_file_max_age_seconds: float = Field(
+        86_400.0,
+        ge=60,
+        allow_inf_nan=False,
+        description="A snapshot file that the store has not confirmed for so long is not served",
+    )
     drain_seconds: float = Field(
         15.0,
         ge=0,
@@ -485,6 +502,12 @@ class Settings(BaseSettings):
             return url.geturl()
         where = url.netloc.rpartition("@")[2]
         return urlunsplit(url._replace(netloc=f"{quote(user, safe='')}:{quote(password, safe='')}@{where}"))
+
+    def store_origin(self) -> str:
+        """Return what names the store and the policy in it, without user and password."""
+        url = urlsplit(self.redis_url.get_secret_value())
+        where = urlunsplit(url._replace(netloc=url.netloc.rpartition("@")[2], query="", fragment=""))
+        return f"{where} {self.redis_prefix}"
 
     def shown(self) -> dict[str, tuple[object, str]]:
         """Return every setting by name with its value as a file would say it, and where it came from; no secrets."""

@@ -15,7 +15,7 @@ def test_starts_not_ready() -> None:
     assert not any(component.ready for component in health.components.values())
 
 
-@pytest.mark.parametrize("values", list(itertools.product((True, False), repeat=3)), ids=str)
+@pytest.mark.parametrize("values", list(itertools.product((True, False), repeat=4)), ids=str)
 def test_ready_is_the_and_of_the_required_components(values: tuple[bool, ...]) -> None:
     health = HealthState()
     for name, ready in zip(ComponentName, values, strict=True):
@@ -25,7 +25,7 @@ def test_ready_is_the_and_of_the_required_components(values: tuple[bool, ...]) -
     )
 
 
-def test_redis_is_not_required() -> None:
+def test_redis_and_the_snapshot_file_are_not_required() -> None:
     assert {name for name, component in HealthState().components.items() if component.required} == set(REQUIRED)
 
 

@@ -3,6 +3,7 @@
 import pytest
 from prometheus_client import CollectorRegistry
 
+from authz_server.loader import Source
 from authz_server.metrics import BUSIEST_TENANTS, WINDOW_SECONDS, BusiestTenants, Metrics, StateCollector
 from authz_server.policy.access import Enforcement, ScopeOutcome
 from authz_server.policy.addresses import parse_address
@@ -113,11 +114,20 @@ def test_unavailable_is_counted() -> None:
     assert metrics.registry.get_sample_value("authz_unavailable_total") == 1
 
 
-def collect(snapshot: Snapshot | None, age_seconds: float | None, *, connected: bool, ready: bool) -> CollectorRegistry:
+def collect(
+    snapshot: Snapshot | None,
+    age_seconds: float | None,
+    *,
+    connected: bool,
+    ready: bool,
+    file_problem: str | None = None,
+) -> CollectorRegistry:
     registry = CollectorRegistry()
     registry.register(
         StateCollector(
             current=lambda: snapshot,
+            source=lambda: Source.FILE,
+            file_problem=lambda: file_problem,
             age_seconds=lambda: age_seconds,
             connected=lambda: connected,
             incident=lambda: True,
@@ -149,7 +159,7 @@ def test_figures_of_a_snapshot() -> None:
     assert registry.get_sample_value("authz_changes_lost_total") == 5
     assert registry.get_sample_value("authz_snapshot_age_seconds") == 1.5
     assert registry.get_sample_value("authz_snapshot_revision") == 42
-    assert registry.get_sample_value("authz_snapshot_info", {"epoch": "e"}) == 1
+    assert registry.get_sample_value("authz_snapshot_info", {"epoch": "e", "source": "file"}) == 1
     assert registry.get_sample_value("authz_decision_log_dropped_total") == 3
     assert registry.get_sample_value("authz_snapshot_unreadable_records") == 1
     assert registry.get_sample_value("authz_snapshot_degraded_scopes") == 1

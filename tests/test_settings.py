@@ -74,7 +74,7 @@ def test_what_is_shown_can_be_loaded_again(path: Path, tmp_path: Path) -> None:
 def test_a_good_file_says_everything_but_files_and_passwords() -> None:
     """So that a new setting gets its place in it."""
     written = set(yaml.safe_load((FIXTURES / "good" / "everything.yaml").read_text()))
-    files = {"tls_certificate", "tls_key", "tls_client_ca", "redis_password_file"}
+    files = {"tls_certificate", "tls_key", "tls_client_ca", "redis_password_file", "snapshot_file"}
     assert written | files | {"redis_username", "redis_password"} == set(Settings.model_fields)
 
 

@@ -329,6 +329,10 @@ class ColumnsDraft:
         self._append(2, long)
         return (*range_4, *range_6, first_group, len(self._groups)), len(v4) + len(v6) + len(long)
 
+    def add_table(self, table: NetworkTable) -> tuple[Ranges, int]:
+        """Append the networks of a table that there is; returns what `add` does."""
+        return self.add(table.items())
+
     def _append(self, number: int, expiries: dict[int, int]) -> tuple[int, int]:
         bits = _FAMILIES[number][0]
         keys, lengths, parents, column = self._families[number]

@@ -203,10 +203,8 @@ class SnapshotDraft:
             self._problems.put(key, None)
             self._lists_changed |= key.kind is RecordKind.ENTRY
         if isinstance(value, Unreadable):
-            self._problems.put(key, value.problem)
-            if key.kind is RecordKind.ENTRY:
-                self._lists_changed = True
-            elif self._draft(key.kind).get(key.name) is None:
+            self.put_problem(key, value.problem)
+            if key.kind is not RecordKind.ENTRY and self._draft(key.kind).get(key.name) is None:
                 self.keep(key, _closed(key))
         elif isinstance(value, Entry):
             self._entries.setdefault(key.list_name, {})[value.network] = value.expiry
@@ -225,6 +223,20 @@ class SnapshotDraft:
                 self._lists_changed = True
         elif network := _network(key):
             self._entries.setdefault(key.list_name, {})[network] = value if isinstance(value, int) else None
+
+    def copy(self, key: RecordKey, other: Snapshot) -> None:
+        """Set what another snapshot has under a key: the record or none, and what is wrong with it."""
+        self.put(key, None)
+        if (problem := other.problems.get(key)) is not None:
+            self.put_problem(key, problem)
+        value = other.expiry(key) if key.kind is RecordKind.ENTRY else other.get(key)
+        if value is not None:
+            self.keep(key, value)
+
+    def put_problem(self, key: RecordKey, problem: str) -> None:
+        """Say that a record cannot be read, and leave what counts under its key."""
+        self._problems.put(key, problem)
+        self._lists_changed |= key.kind is RecordKind.ENTRY
 
     def put_table(self, list_name: str, table: NetworkTable) -> None:
         """Set all networks of a list, of which the earlier snapshot has none."""

@@ -80,6 +80,7 @@ async def test_readyz_names_each_component() -> None:
             "snapshot": {"ready": True, "required": True, "detail": "snapshot is well"},
             "serving": {"ready": True, "required": True, "detail": "serving is well"},
             "redis": {"ready": True, "required": False, "detail": "redis is well"},
+            "snapshot_file": {"ready": True, "required": False, "detail": "snapshot_file is well"},
         },
     }
 
