@@ -144,7 +144,14 @@ async def _serve(settings: Settings, stopping: asyncio.Event, stack: AsyncExitSt
     )
     transport = GrpcioTransport(checker, listen=settings.listen, tls=_tls_files(settings), health=health)
     admin = AdminServer(
-        build_admin_app(health=health, registry=metrics.registry, current=current, age_seconds=age_seconds, log=log)
+        build_admin_app(
+            health=health,
+            registry=metrics.registry,
+            current=current,
+            age_seconds=age_seconds,
+            log=log,
+            replicas=store.replicas,
+        )
     )
 
     # Everything is left in the reverse order of these lines, also when one of them fails.

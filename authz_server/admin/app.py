@@ -1,7 +1,7 @@
 """The routes of the admin port."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -15,6 +15,7 @@ from authz_server.admin.page import SECURITY_HEADERS, Page
 from authz_server.decision_log import DecisionLog
 from authz_server.health import HealthState
 from authz_server.policy.snapshot import Snapshot
+from authz_server.store.interface import Replica
 
 _UNREADABLE_SHOWN = 1000
 """Of the unreadable records, so many are named; all are counted."""
@@ -36,6 +37,7 @@ def build_admin_app(
     current: Callable[[], Snapshot | None],
     age_seconds: Callable[[], float | None],
     log: DecisionLog,
+    replicas: Callable[[], Awaitable[list[Replica]]],
 ) -> Starlette:
     """Build the routes.
 
@@ -45,14 +47,15 @@ def build_admin_app(
         current: returns the snapshot that decisions are made from.
         age_seconds: returns how long ago the store last confirmed that snapshot; None: never.
         log: holds the last denials, for the page.
+        replicas: asks the store for the servers that have reported, for the page.
     """
-    page = Page(health=health, current=current, age_seconds=age_seconds, log=log, clock=time.time)
+    page = Page(health=health, current=current, age_seconds=age_seconds, log=log, replicas=replicas, clock=time.time)
 
     async def index(request: Request) -> Response:
         peer = request.client.host if request.client else ""
         if peer not in _THIS_MACHINE or request.url.hostname not in _THIS_MACHINE_NAMES:
             return PlainTextResponse(_ONLY_HERE, status_code=403)
-        return HTMLResponse(page.render(request.query_params), headers=SECURITY_HEADERS)
+        return HTMLResponse(await page.render(request.query_params), headers=SECURITY_HEADERS)
 
     async def livez(_request: Request) -> Response:
         return PlainTextResponse("ok\n")

@@ -4,10 +4,11 @@ Read-only, works without scripts, loads nothing from elsewhere. Most of what it 
 templates escape everything, and a Content-Security-Policy forbids whatever could slip through.
 """
 
+import asyncio
 import base64
 import hashlib
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
@@ -20,6 +21,7 @@ from authz_server.explanation import CannotDescribeError, Explanation, describe_
 from authz_server.health import HealthState
 from authz_server.policy.decision import Allowed
 from authz_server.policy.snapshot import Snapshot
+from authz_server.store.interface import Replica, StoreError
 
 _HERE = files("authz_server.admin")
 _STYLE = _HERE.joinpath("page.css").read_text(encoding="utf-8")
@@ -38,6 +40,8 @@ SHOWN = 50
 """Denials on the page."""
 FIELDS = ("address", "method", "host", "path", "tenant")
 """What the form asks for."""
+_STORE_SECONDS = 1.0
+"""How long the page waits for the store; it is needed most while the store is away."""
 _LONGEST_FIELD = 9000
 """Characters of a form's field: a little more than the longest path that is decided about."""
 
@@ -51,6 +55,7 @@ class Page:
         current: returns the snapshot that decisions are made from.
         age_seconds: returns how long ago the store last confirmed that snapshot; None: never.
         log: holds the last denials.
+        replicas: asks the store for the servers that have reported.
         clock: seconds since the Unix epoch.
     """
 
@@ -58,9 +63,10 @@ class Page:
     current: Callable[[], Snapshot | None]
     age_seconds: Callable[[], float | None]
     log: DecisionLog
+    replicas: Callable[[], Awaitable[list[Replica]]]
     clock: Callable[[], float]
 
-    def render(self, query: Mapping[str, str]) -> str:
+    async def render(self, query: Mapping[str, str]) -> str:
         """Return the page as HTML.
 
         Args:
@@ -68,6 +74,7 @@ class Page:
         """
         given = {name: query.get(name, "").strip()[:_LONGEST_FIELD] for name in FIELDS}
         find = query.get("find", "").strip()
+        replicas, replicas_problem = await self._ask_replicas()
         snapshot = self.current()
         explanation, problem = self._explain(given, snapshot)
         denials = [self._row(decided) for decided in reversed(self.log.recent)]
@@ -89,6 +96,8 @@ class Page:
             denials=found[:SHOWN],
             denials_found=len(found),
             anonymized=self.log.anonymizes,
+            replicas=[_replica_row(replica, snapshot) for replica in replicas if not replica.vanished],
+            replicas_problem=replicas_problem,
             now=datetime.fromtimestamp(self.clock(), UTC),
             style=_STYLE,
         )
@@ -112,11 +121,44 @@ class Page:
             return None, str(error)
         return explain(attributes, snapshot, self.clock()), ""
 
+    async def _ask_replicas(self) -> tuple[list[Replica], str]:
+        try:
+            async with asyncio.timeout(_STORE_SECONDS):
+                return await self.replicas(), ""
+        except TimeoutError:
+            return [], f"the store did not answer within {_STORE_SECONDS:g} s"
+        except StoreError as error:
+            return [], str(error)
+
     def _row(self, decided: Decided) -> dict[str, Any]:
         facts = self.log.describe(decided)
         shown = {name: str(value) for name, value in facts.items() if name not in ("event", "outcome")}
         ago = max(0, round(self.clock() - decided.at))
         return {**shown, "ago": _ago(ago), "text": " ".join(shown.values())}
+
+
+def _replica_row(replica: Replica, snapshot: Snapshot | None) -> dict[str, Any]:
+    applied = replica.report.position if replica.report else None
+    if replica.report is None:
+        decides_by = replica.problem
+    elif applied is None:
+        decides_by = "no policy yet"
+    elif snapshot is None or applied.epoch == snapshot.epoch:
+        decides_by = f"revision {applied.revision}"
+    else:
+        decides_by = f"revision {applied.revision} of epoch {applied.epoch}"
+    same = (
+        snapshot is not None
+        and applied is not None
+        and ((applied.epoch, applied.revision) == (snapshot.epoch, snapshot.revision))
+    )
+    return {
+        "name": replica.name,
+        "state": "unknown" if replica.unknown else "reporting",
+        "decides_by": decides_by,
+        "same": same,
+        "heard": _ago(round(replica.silent_seconds)) if replica.report else "not known",
+    }
 
 
 def _ago(seconds: int) -> str:

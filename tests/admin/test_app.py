@@ -15,8 +15,13 @@ from authz_server.metrics import Metrics
 from authz_server.policy.access import Scope
 from authz_server.policy.records import RecordKey, RecordKind, Unreadable, record_key
 from authz_server.policy.snapshot import DecisionOptions, Snapshot, build_snapshot
+from authz_server.store.interface import Replica
 
 NAMES = [("/livez", 200), ("/readyz", 503), ("/metrics", 200), ("/snapshot", 503)]
+
+
+async def no_replicas() -> list[Replica]:
+    return []
 
 
 @dataclass
@@ -36,6 +41,7 @@ class Admin:
             current=lambda: self.snapshot,
             age_seconds=lambda: self.age_seconds,
             log=self.log,
+            replicas=no_replicas,
         )
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://admin") as client:
             return await client.request(method, path, headers=headers)

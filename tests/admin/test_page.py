@@ -17,6 +17,15 @@ from authz_server.policy.decision import decide
 from authz_server.policy.records import RecordKey, RecordKind, Unreadable, entry_key
 from authz_server.policy.snapshot import DecisionOptions, Snapshot, build_snapshot
 from authz_server.policy.tenant import parse_tenant_source
+from authz_server.store.interface import (
+    SILENT_SECONDS,
+    VANISHED_SECONDS,
+    Position,
+    Replica,
+    Report,
+    StoreError,
+    StoreUnavailableError,
+)
 
 BLOCK = Entry(parse_network("198.51.100.0/24"), reason="scraper", author="ann", created_at=1)
 OPTIONS = DecisionOptions(tenant_sources=(parse_tenant_source("header:x-tenant-id"),))
@@ -34,6 +43,12 @@ class Site:
 
     snapshot: Snapshot | None = field(default_factory=policy)
     options: LogOptions = field(default_factory=LogOptions)
+    replicas: list[Replica] | StoreError = field(default_factory=list)
+
+    async def ask_replicas(self) -> list[Replica]:
+        if isinstance(self.replicas, StoreError):
+            raise self.replicas
+        return self.replicas
 
     def __post_init__(self) -> None:
         self.health = HealthState()
@@ -51,6 +66,7 @@ class Site:
             current=lambda: self.snapshot,
             age_seconds=lambda: 0.25,
             log=self.log,
+            replicas=self.ask_replicas,
         )
         transport = httpx.ASGITransport(app, client=(peer, 4711))
         async with httpx.AsyncClient(transport=transport, base_url=f"http://{host}") as client:
@@ -70,6 +86,37 @@ async def test_the_state_is_shown() -> None:
     text = await site.text()
     for shown in ("redis is well", "revision 7", "0.2 s ago", "entries 1", "Nobody was denied since the start"):
         assert shown in text
+
+
+def replica(name: str, position: Position | None, *, silent_seconds: float = 1.0) -> Replica:
+    return Replica(name, Report(name, "p", 0.0, position), silent_seconds)
+
+
+async def test_servers_that_decide_by_something_else_stand_out() -> None:
+    replicas = [
+        replica("a", Position("e", 7, "c")),
+        replica("b", Position("e", 6, "c"), silent_seconds=SILENT_SECONDS + 1),
+        replica("c", Position("other", 7, "c")),
+        replica("d", None),
+        replica("gone", Position("e", 1, "c"), silent_seconds=VANISHED_SECONDS + 1),
+        Replica("f", None, 0.0, "not JSON"),
+    ]
+    text = await Site(replicas=replicas).text()
+    for shown in (
+        "a reporting revision 7 1 s ago",
+        "b unknown revision 6 not as this one",
+        "c reporting revision 7 of epoch other not as this one",
+        "d reporting no policy yet not as this one",
+        "f unknown not JSON not as this one not known",
+    ):
+        assert shown in text
+    assert "gone" not in text
+
+
+async def test_the_page_is_there_while_the_store_is_not() -> None:
+    text = await Site(replicas=StoreUnavailableError("connection refused")).text("?address=198.51.100.77")
+    assert "Not known: connection refused" in text
+    assert "DENIED blocked" in text
 
 
 async def test_without_a_snapshot_the_consequence_is_said() -> None:
