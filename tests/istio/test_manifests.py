@@ -13,11 +13,11 @@ from support.istio.manifests import compose as compose_with_values
 from support.manifests import (
     ISTIO,
     Manifest,
+    all_overlays,
     compose,
     files,
     is_object,
     kustomize,
-    overlays,
     read,
     validate,
     with_surprises,
@@ -30,7 +30,7 @@ REFUSED = (ValidationError, KubernetesError)
 
 VALUES = [path for path in files() if path.name == "istiod-values.yaml"]
 
-KUSTOMIZED = [path for path in overlays() if (path / "kustomization.yaml").exists()]
+KUSTOMIZED = [path for path in all_overlays() if (path / "kustomization.yaml").exists()]
 
 # Where a mapping's keys are the user's own, so that no schema can refuse one.
 FREE = (
@@ -183,15 +183,21 @@ def test_client_address_overlays_cannot_be_combined_into_both() -> None:
         ProxyConfig.model_validate({"gatewayTopology": {"numTrustedProxies": 1, "proxyProtocol": {}}})
 
 
-def test_ways_to_route_exclude_each_other(tmp_path: Path) -> None:
-    ways = ["route-by-header", "route-by-hash"]
-    (tmp_path / "kustomization.yaml").write_text(
-        yaml.safe_dump({"components": [f"overlays/{way}" for way in ways], "resources": ["base"]})
-    )
-    for name in ("overlays", "base"):
-        (tmp_path / name).symlink_to(ISTIO / name)
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("route-by-header", "route-by-hash"),
+        ("route-by-hash", "route-by-session"),
+        ("route-by-header", "sticky-parameter"),
+        ("client-address-network-lb", "client-address-l7-lb"),
+        ("client-address-network-lb", "client-address-network-lb-envoyfilter"),
+        ("client-address-network-lb-envoyfilter", "client-address-l7-lb"),
+    ],
+    ids="+".join,
+)
+def test_what_excludes_each_other_does_not_build(names: tuple[str, ...], tmp_path: Path) -> None:
     with pytest.raises(subprocess.CalledProcessError) as refusal:
-        kustomize(tmp_path)
+        compose(tmp_path, *(ISTIO / "overlays" / name for name in names))
     assert "already registered id" in refusal.value.stderr
 
 

@@ -24,7 +24,7 @@ def read(path: Path) -> list[Manifest]:
     return list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
 
 
-def overlays() -> list[Path]:
+def all_overlays() -> list[Path]:
     """The folders under istio/overlays, one for each practice."""
     return sorted(path for path in (ISTIO / "overlays").iterdir() if path.is_dir())
 
@@ -41,9 +41,9 @@ def kustomize(folder: Path) -> list[Manifest]:
     return list(yaml.safe_load_all(built))
 
 
-def compose(folder: Path, overlay: Path) -> list[Manifest]:
-    """Gateway, base and one overlay, built together. `folder` is an empty one to work in."""
-    parts = {"resources": [str(ISTIO / "gateway"), str(ISTIO / "base")], "components": [str(overlay)]}
+def compose(folder: Path, *overlays: Path) -> list[Manifest]:
+    """Gateway, base and overlays, built together. `folder` is an empty one to work in."""
+    parts = {"resources": [str(ISTIO / "gateway"), str(ISTIO / "base")], "components": [str(each) for each in overlays]}
     (folder / "kustomization.yaml").write_text(
         yaml.safe_dump(
             {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", **_relative(parts, folder)}
