@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from support.envoys import ENVOY_VERSIONS, binary_of
+from support.helm import render
 from support.istio.manifests import Resource
 from support.istio.messages import bootstrap, hcm, listener, typed
 from support.istio.patches import Patches, PatchFoundNothingError
@@ -126,6 +127,13 @@ def test_all_together_do_what_each_says_and_no_more(version: str, tmp_path: Path
         assert names[added + 1] == "envoy.filters.http.stateful_session"
         del changed["httpFilters"][added]
         assert changed == known
+
+
+def test_the_chart_makes_the_same_of_the_two_that_it_has() -> None:
+    """So either place may be taken; README.md says that it must be one."""
+    of_chart = render().of("istio/envoy-filters.yaml")
+    ours = [ENVOY_FILTERS["routing-header-safety"], ENVOY_FILTERS["clear-route-cache"]]
+    assert patched(*of_chart) == patched(*ours)
 
 
 @pytest.mark.parametrize("name", ENVOY_FILTERS)
