@@ -187,6 +187,7 @@ class StateCollector(Collector):
         lost: Callable[[], int],
         ready: Callable[[], bool],
         log_dropped: Callable[[], int],
+        shed: Callable[[], int],
     ) -> None:
         """Make a collector to be registered.
 
@@ -201,6 +202,7 @@ class StateCollector(Collector):
             lost: returns how many changes the store has lost that were applied here.
             ready: tells whether the process is ready.
             log_dropped: returns how many decisions the log could not take.
+            shed: returns how many calls the transport could not take on.
         """
         self._current = current
         self._source = source
@@ -212,6 +214,7 @@ class StateCollector(Collector):
         self._lost = lost
         self._ready = ready
         self._log_dropped = log_dropped
+        self._shed = shed
 
     def collect(self) -> Iterator[Metric]:
         """Yield the gauges; those of a snapshot only while there is one."""
@@ -246,6 +249,11 @@ class StateCollector(Collector):
                 "Whether the last good snapshot is on disk for a start without the store (1) or not (0).",
                 value=not file_problem,
             )
+        yield CounterMetricFamily(
+            "authz_shed",
+            "Calls that there was no time or memory for: UNAVAILABLE, and Envoy's fail-open setting had the word.",
+            value=self._shed(),
+        )
         age_seconds = self._age_seconds()
         if age_seconds is not None:
             yield GaugeMetricFamily(

@@ -28,7 +28,8 @@ from authz_server.admin.listening import AdminServer, CannotListenError, open_so
 from authz_server.decision_log import DecisionLog, LogOptions
 from authz_server.ext_authz.check_response import ResponseOptions
 from authz_server.ext_authz.checker import Checked, Checker
-from authz_server.ext_authz.grpcio_transport import GrpcioTransport, TlsFiles, TransportError
+from authz_server.ext_authz.choice import choose_transport
+from authz_server.ext_authz.transport import TlsFiles, TransportError
 from authz_server.health import ComponentName, HealthState
 from authz_server.loader import ChildLoader, Source
 from authz_server.metrics import Metrics, StateCollector
@@ -131,6 +132,7 @@ async def _serve(settings: Settings, stopping: asyncio.Event, stack: AsyncExitSt
             source=lambda: refresher.status.source,
             file_problem=lambda: file_watch.problem,
             log_dropped=lambda: log.dropped,
+            shed=lambda: transport.shed,
         )
     )
     tracing = _tracing(settings)
@@ -142,7 +144,15 @@ async def _serve(settings: Settings, stopping: asyncio.Event, stack: AsyncExitSt
         observe=Observer(metrics, log, tracing),
         observe_unavailable=metrics.count_unavailable,
     )
-    transport = GrpcioTransport(checker, listen=settings.listen, tls=_tls_files(settings), health=health)
+    transport, transport_name, why = choose_transport(
+        settings.transport,
+        checker,
+        listen=settings.listen,
+        tls=_tls_files(settings),
+        health=health,
+        max_request_bytes=settings.max_request_bytes,
+        max_wait_seconds=settings.max_wait_seconds,
+    )
     admin = AdminServer(
         build_admin_app(
             health=health,
@@ -176,6 +186,8 @@ async def _serve(settings: Settings, stopping: asyncio.Event, stack: AsyncExitSt
     _log.info(
         "serving",
         grpc=_host_port(parse_listen(settings.listen)[0], grpc_port),
+        transport=transport_name.value,
+        transport_because=why,
         admin=_host_port(admin_host, listening.getsockname()[1]),
         redis=hide_password(settings.redis_url.get_secret_value()),
     )

@@ -33,6 +33,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from yaml.parser import ParserError
 from yaml.scanner import ScannerError
 
+from authz_server.ext_authz.transport import TransportName
 from authz_server.policy.addresses import Network, parse_network
 from authz_server.policy.reasons import Reason
 from authz_server.policy.snapshot import DecisionOptions, MissingClientAddress, MissingTenant, UnknownTenant
@@ -267,6 +268,11 @@ class Settings(BaseSettings):
         None, description="PEM file of the CAs of which clients must show a certificate (mutual TLS)"
     )
 
+    transport: TransportName = Field(
+        TransportName.AUTO,
+        description="Who serves the gRPC port: `native` (Rust, about four times cheaper), `grpcio` (the reference), or "
+        "`auto`: native where it can be loaded",
+    )
     redis_url: Annotated[SecretStr, AfterValidator(_redis_url)] = Field(
         SecretStr("redis://127.0.0.1:6379/0"),
         description="The store: redis://, rediss:// (TLS) or unix://; a password in it is never shown",
@@ -322,6 +328,12 @@ class Settings(BaseSettings):
     show_reason: bool = Field(False, description="Whether a denied client is told the reason")
     max_request_bytes: int = Field(
         1 << 20, ge=1 << 10, le=8 << 20, description="Longer check requests are denied as request_too_large"
+    )
+    max_wait_seconds: float = Field(
+        0.1,
+        ge=0.01,
+        le=10,
+        description="Checks that would wait for longer are answered UNAVAILABLE; stay below Envoy's timeout",
     )
     max_snapshot_age_seconds: Annotated[float | None, BeforeValidator(_none_if_empty)] = Field(
         None,

@@ -32,6 +32,7 @@ MAX_REQUEST_BYTES = 1 << 20
 
 TRANSPORTS = {
     "grpcio": "authz_server.ext_authz.grpcio_transport:GrpcioTransport",
+    "native": "authz_server.ext_authz.native_transport:NativeTransport",
 }
 
 

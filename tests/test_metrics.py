@@ -135,6 +135,7 @@ def collect(
             lost=lambda: 5,
             ready=lambda: ready,
             log_dropped=lambda: 3,
+            shed=lambda: 7,
         )
     )
     return registry
@@ -161,6 +162,7 @@ def test_figures_of_a_snapshot() -> None:
     assert registry.get_sample_value("authz_snapshot_revision") == 42
     assert registry.get_sample_value("authz_snapshot_info", {"epoch": "e", "source": "file"}) == 1
     assert registry.get_sample_value("authz_decision_log_dropped_total") == 3
+    assert registry.get_sample_value("authz_shed_total") == 7
     assert registry.get_sample_value("authz_snapshot_unreadable_records") == 1
     assert registry.get_sample_value("authz_snapshot_degraded_scopes") == 1
     kinds = ("lists", "entries", "scopes", "resources", "tenants", "instances")

@@ -1,9 +1,6 @@
 """The reference transport: grpcio (C-core) with TLS, mutual TLS, health and reflection."""
 
 import asyncio
-import ssl
-from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
 from grpc_reflection.v1alpha import reflection
@@ -12,6 +9,7 @@ from authz_server.ext_authz.checker import CannotDecideError, Checker
 from authz_server.ext_authz.health_service import SERVICE as HEALTH_SERVICE
 from authz_server.ext_authz.health_service import HealthService, Readiness
 from authz_server.ext_authz.reflection import AUTHORIZATION_PACKAGE, AUTHORIZATION_SERVICE, build_pool
+from authz_server.ext_authz.transport import TlsFiles, TransportError, open_tls, parse_address
 
 SERVICE = f"{AUTHORIZATION_PACKAGE}.{AUTHORIZATION_SERVICE}"
 
@@ -27,27 +25,9 @@ _PING_INTERVAL_MS = 100
 """Envoy's `connection_keepalive` may ping this often. C-core's own limit is 300 s, and two hours without a call; it
 hangs up on who pings more often."""
 
-_MAX_PORT = 65535
-"""C-core takes larger numbers modulo 65536."""
-
 _QUIET_TICK_SECONDS = 0.005
 _QUIET_TICKS = 4
 """So many ticks in a row without a check mean that none is waiting; several, as one may be lost to a busy loop."""
-
-
-class TransportError(Exception):
-    """The server cannot listen; the message says where, why and how to mend it."""
-
-
-@dataclass(frozen=True, slots=True)
-class TlsFiles:
-    """PEM files, read once at start."""
-
-    certificate: Path
-    """The server's certificate, followed by the intermediate ones."""
-    key: Path
-    client_ca: Path | None = None
-    """Mutual TLS: only clients with a certificate from one of these authorities may connect. None: any client."""
 
 
 class GrpcioTransport:
@@ -61,6 +41,7 @@ class GrpcioTransport:
         tls: TlsFiles | None,
         health: Readiness,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
+        max_wait_seconds: float = 0.1,
     ) -> None:
         """Make a transport that is not listening yet.
 
@@ -70,13 +51,17 @@ class GrpcioTransport:
             tls: None serves plain text.
             health: what the health service reports.
             max_message_bytes: see MAX_MESSAGE_BYTES.
+            max_wait_seconds: checks that have waited for longer are answered UNAVAILABLE.
         """
         self._checker = checker
         self._listen = listen
         self._tls = tls
         self._readiness = health
         self._max_message_bytes = max_message_bytes
+        self._max_wait_seconds = max_wait_seconds
         self._received = 0
+        self.shed = 0
+        """Calls answered UNAVAILABLE for lack of time, so far."""
         self._health: HealthService | None = None
         self._server: grpc.aio.Server | None = None
 
@@ -86,9 +71,7 @@ class GrpcioTransport:
         Raises:
             TransportError: the port cannot be had, or the TLS files cannot be used.
         """
-        port_text = self._listen.rpartition(":")[2]
-        if not (port_text.isascii() and port_text.isdigit() and int(port_text[:6]) <= _MAX_PORT):
-            raise TransportError(f"{self._listen!r} is not host:port with a port from 0 to {_MAX_PORT}")
+        parse_address(self._listen)
         credentials = _server_credentials(self._tls) if self._tls else None
         health = HealthService(self._readiness, ("", SERVICE))
         server = grpc.aio.server(
@@ -163,23 +146,10 @@ def _server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
     Raises:
         TransportError: naming the file, for C-core says nothing but that the port could not be bound.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        certificate, key = tls.certificate.read_bytes(), tls.key.read_bytes()
-        client_ca = tls.client_ca.read_bytes() if tls.client_ca else None
-    except OSError as error:
-        raise TransportError(f"cannot read the TLS file {error.filename}: {error.strerror}") from None
-    try:
-        context.load_cert_chain(tls.certificate, tls.key, password="")
-    except ssl.SSLError as error:
-        raise TransportError(
-            f"{tls.certificate} and {tls.key} are not a PEM certificate and its unencrypted key: {error}"
-        ) from None
-    if tls.client_ca:
-        try:
-            context.load_verify_locations(tls.client_ca)
-        except ssl.SSLError as error:
-            raise TransportError(f"{tls.client_ca} is not a PEM file of certificate authorities: {error}") from None
+    open_tls(tls)
+    client_ca = tls.client_ca.read_bytes() if tls.client_ca else None
     return grpc.ssl_server_credentials(
-        ((key, certificate),), root_certificates=client_ca, require_client_auth=client_ca is not None
+        ((tls.key.read_bytes(), tls.certificate.read_bytes()),),
+        root_certificates=client_ca,
+        require_client_auth=client_ca is not None,
     )

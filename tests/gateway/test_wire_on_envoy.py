@@ -12,7 +12,7 @@ from authz_server.demo.envoy import Envoy
 from authz_server.demo.envoy_config import Address, GatewayOptions, TlsFiles, gateway_config
 from authz_server.demo.upstreams import Upstreams
 from authz_server.ext_authz.check_response import ResponseOptions
-from authz_server.ext_authz.grpcio_transport import TlsFiles as ServerTlsFiles
+from authz_server.ext_authz.transport import TlsFiles as ServerTlsFiles
 from authz_server.policy.reasons import Reason
 from authz_server.policy.snapshot import DecisionOptions, Snapshot
 

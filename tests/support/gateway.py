@@ -20,7 +20,8 @@ from typing import Any, Self
 from authz_server.demo.envoy_config import Address
 from authz_server.ext_authz.check_response import ResponseOptions
 from authz_server.ext_authz.checker import Checked, Checker
-from authz_server.ext_authz.grpcio_transport import GrpcioTransport, TlsFiles
+from authz_server.ext_authz.grpcio_transport import GrpcioTransport
+from authz_server.ext_authz.transport import TlsFiles
 from authz_server.health import HealthState
 from authz_server.policy.access import (
     GLOBAL_SCOPE,
