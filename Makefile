@@ -42,6 +42,7 @@ test-istio: $(READY) ## Try the manifests of istio/ on real Envoys of three vers
 bench: $(READY) ## Measure (minutes; needs h2load and wrk): the match table, a check, the transport; loadtest/NOTES.md
 	$(BIN)/python -m loadtest.match_table
 	$(BIN)/python -m loadtest.tight_loop
+	$(BIN)/python -m loadtest.memory
 	for part in cpu overload hostile resets drain; do $(BIN)/python -m loadtest.$$part grpcio || exit 1; done
 
 lint: $(READY) ## Check format, lint and types

@@ -32,7 +32,7 @@ from authz_server.policy.affinity import Instance, Tenant
 from authz_server.policy.decision import decide
 from authz_server.policy.paths import parse_path_pattern
 from authz_server.policy.records import Record, RecordKey, entry_key, record_key
-from authz_server.policy.snapshot import DecisionOptions, Snapshot, build_snapshot
+from authz_server.policy.snapshot import DecisionOptions, Snapshot, UnknownTenant, build_snapshot
 from authz_server.policy.tenant import parse_tenant_source
 from authz_server.server import Observer
 from loadtest.served import MAX_REQUEST_BYTES, build_request
@@ -57,7 +57,7 @@ def blocked_networks(count: int, rng: random.Random) -> list[Network]:
     return sorted(networks)
 
 
-def build_policy(networks: list[Network], tenants: int) -> Snapshot:
+def build_policy(networks: list[Network], tenants: int, unknown_tenant: UnknownTenant = UnknownTenant.NONE) -> Snapshot:
     """The networks blocked everywhere; tenants pinned to instances; `/docs` for an office only."""
     docs = Resource("docs", (parse_path_pattern("/docs"),))
     few: list[Record] = [Instance(f"queue-{number}") for number in range(INSTANCES)]
@@ -76,7 +76,8 @@ def build_policy(networks: list[Network], tenants: int) -> Snapshot:
         yield entry_key("office", office), office
 
     sources = (parse_tenant_source("header:x-tenant-id"), parse_tenant_source("query:tenant_id"))
-    return build_snapshot(records(), epoch="e", revision=1, options=DecisionOptions(tenant_sources=sources))
+    options = DecisionOptions(tenant_sources=sources, unknown_tenant=unknown_tenant)
+    return build_snapshot(records(), epoch="e", revision=1, options=options)
 
 
 def build_requests(count: int, networks: list[Network], tenants: int, rng: random.Random) -> Iterator[bytes]:
