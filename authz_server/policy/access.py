@@ -106,6 +106,9 @@ def own_list(scope_name: str, side: Side) -> str:
     return f"{scope_name}/{side}"
 
 
+_OWN_ALLOW, _OWN_BLOCK = own_list("", Side.ALLOW), own_list("", Side.BLOCK)
+
+
 def tenant_scope(tenant_id: str) -> str:
     """Return the name of a tenant's scope."""
     return f"tenant:{tenant_id}"
@@ -190,9 +193,9 @@ def judge_without_record(
 
     Most tenants are of this kind, and most of these have no lists of their own either.
     """
-    if own_list(scope_name, _ALLOW) in tables or own_list(scope_name, _BLOCK) in tables:
-        return judge(Scope(scope_name), tables, address, now)
-    return ScopeOutcome(scope_name, _ENFORCE, _ALLOWED)
+    if tables.get(scope_name + _OWN_ALLOW) is None and tables.get(scope_name + _OWN_BLOCK) is None:
+        return ScopeOutcome(scope_name, _ENFORCE, _ALLOWED)
+    return judge(Scope(scope_name), tables, address, now)
 
 
 _Match = tuple[int, int, str]

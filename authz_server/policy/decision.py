@@ -149,12 +149,11 @@ def _guarding(host: str, path: RequestPath, snapshot: Snapshot) -> list[Scope]:
     if not snapshot.guarded_resources:
         return []
     host = normalize_host(host)
-    return [
-        guarded.scope
-        for guarded in snapshot.guarded_resources
-        if guarded.resource.is_on(host)
-        and guarded.resource.holds(path.readings(fold_case=snapshot.options.fold_path_case))
-    ]
+    on_host = [guarded for guarded in snapshot.guarded_resources if guarded.resource.is_on(host)]
+    if not on_host:
+        return []
+    readings = path.readings(fold_case=snapshot.options.fold_path_case)
+    return [guarded.scope for guarded in on_host if guarded.resource.holds(readings)]
 
 
 def _over_all(scopes: tuple[ScopeOutcome, ...]) -> Reason:

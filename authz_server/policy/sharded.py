@@ -5,7 +5,8 @@ or less among a million is cheap, and a mapping in use stays as it is. No dict g
 letting go of it, would hold anything up.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Generic, Self, TypeVar
 
 K = TypeVar("K")
@@ -21,24 +22,31 @@ _LARGE = 4096
 class Sharded(Mapping[K, V]):
     """An immutable mapping; build a changed one with `draft` or `with_changes`."""
 
-    __slots__ = ("_size", "shards")
+    __slots__ = ("_size", "get", "shards")
+
+    get: Callable[[K], V | None]  # type: ignore[assignment]
+    """Returns the value of a key, or None: of a mapping in one shard, that dict's own method, since checks are made of
+    such look-ups."""
 
     def __init__(self, items: Iterable[tuple[K, V]] = ()) -> None:
-        self.shards: tuple[dict[K, V], ...] = ({},)
-        """Each key is in the one that its hash modulo their number says; for look-ups that cannot afford a call."""
-        self._size = 0
+        self._take(({},))
         draft = ShardedDraft(self)
         for key, value in items:
             draft.put(key, value)
-        made = draft.done()
-        self.shards, self._size = made.shards, made._size
+        self._take(draft.done().shards)
 
     @classmethod
     def _of(cls, shards: tuple[dict[K, V], ...]) -> Self:
         mapping = cls.__new__(cls)
-        mapping.shards = shards
-        mapping._size = sum(map(len, shards))
+        mapping._take(shards)
         return mapping
+
+    def _take(self, shards: tuple[dict[K, V], ...]) -> None:
+        self.shards = shards
+        """Each key is in the one that its hash modulo their number says; for look-ups that cannot afford a call."""
+        self._size = sum(map(len, shards))
+        # Not a bound method, which would tie the mapping to itself, to be freed by the collector only.
+        self.get = shards[0].get if len(shards) == 1 else partial(_find, shards)
 
     def __len__(self) -> int:
         return self._size
@@ -53,14 +61,13 @@ class Sharded(Mapping[K, V]):
     def __getitem__(self, key: K) -> V:
         return self.shards[hash(key) % len(self.shards)][key]
 
-    def get(self, key: K, default: V | None = None) -> V | None:  # type: ignore[override]
-        """Return the value of a key, or the default."""
-        shards = self.shards
-        return shards[hash(key) % len(shards)].get(key, default)
-
     def draft(self) -> "ShardedDraft[K, V]":
         """Return a copy to be changed; this mapping stays as it is."""
         return ShardedDraft(self)
+
+
+def _find(shards: tuple[dict[K, V], ...], key: K) -> V | None:
+    return shards[hash(key) % len(shards)].get(key)
 
 
 class ShardedDraft(Generic[K, V]):

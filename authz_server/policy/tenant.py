@@ -113,14 +113,14 @@ def name_tenant(
     attributes: RequestAttributes, path: RequestPath, sources: tuple[TenantSource, ...]
 ) -> tuple[str | None, Reason | None]:
     """Return (tenant id, None), (None, None) when no tenant is named, or (None, the reason to deny)."""
-    named: set[str] = set()
+    named: list[str] = []
     for source in sources:
-        named.update(_READERS[source.kind](source.name, attributes, path))
+        named += _READERS[source.kind](source.name, attributes, path)
     if not named:
         return None, None
-    if len(named) > 1:
+    text = named[0]
+    if len(named) > 1 and len(set(named)) > 1:
         return None, Reason.AMBIGUOUS_TENANT
-    (text,) = named
     return (text, None) if is_identifier(text) else (None, Reason.INVALID_TENANT)
 
 
@@ -130,14 +130,17 @@ def _from_header(name: str, attributes: RequestAttributes, _path: RequestPath) -
         return ()
     if len(value) > _MAX_HEADER_LENGTH:
         return (value,)  # as it is: no tenant id
+    if "," not in value:
+        return (value.strip(" \t"),)
     # Repeated headers arrive joined by a comma, so this splits what may be two. Equal ones agree.
     return [part.strip(" \t") for part in value.split(",")]
 
 
 def _from_query(name: str, _attributes: RequestAttributes, path: RequestPath) -> Iterable[str]:
-    values = [*_query_values(path.query, name)] if _may_name(path.query, name) else []
-    for query in _queries_inside(path.text):
-        values += _query_values(query, name)
+    values = [*_query_values(path.query, name)] if path.query and _may_name(path.query, name) else []
+    if "%" in path.text:
+        for query in _queries_inside(path.text):
+            values += _query_values(query, name)
     return values
 
 
@@ -161,7 +164,7 @@ _READERS: Mapping[SourceKind, Callable[[str, RequestAttributes, RequestPath], It
 
 def _queries_inside(path: str) -> Collection[str]:
     """Return the queries that a backend finds in a path (without query) that it has decoded once or twice."""
-    if "%" not in path or not _TELLING_ESCAPE.search(path):
+    if not _TELLING_ESCAPE.search(path):
         return ()
     once = _decoded(path)
     return {query for text in (once, _decoded(once)) for _, mark, query in (text.partition("?"),) if mark}
@@ -173,8 +176,6 @@ def _may_name(query: str, name: str) -> bool:
     What a backend makes of a query's names changes letters and digits only by decoding them and by letter case. So
     where nothing decodes to one, the letters of the wanted name stand in the query as they are, or it is not there.
     """
-    if not query:
-        return False
     return (
         _longest_plain_run(name) in query.lower()
         or not query.isascii()
