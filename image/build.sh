@@ -1,0 +1,42 @@
+#!/bin/sh
+# What the image's build stage runs (Dockerfile), and the tests without Docker:
+#
+#   build.sh dependencies PREFIX   the locked dependencies into a new virtual environment at PREFIX
+#   build.sh package PREFIX        this package into it; then everything that only builds goes
+#
+# From the folder that holds requirements*.txt, and for `package` the sources. PREFIX is where it will run, because the
+# scripts in it name that path. PYTHON may name another interpreter than python3.
+set -eu
+step=$1 prefix=$2
+build=$prefix.build
+pip="-m pip --disable-pip-version-check --no-input --quiet"
+
+case $step in
+dependencies)
+    "${PYTHON:-python3}" -m venv "$prefix"
+    # shellcheck disable=SC2086 - words, not one argument
+    "$prefix/bin/python" $pip install --no-cache-dir --no-compile --require-hashes --only-binary :all: -r requirements.txt
+    ;;
+package)
+    "${PYTHON:-python3}" -m venv "$build"
+    # shellcheck disable=SC2086
+    "$build/bin/python" $pip install --no-cache-dir --require-hashes --only-binary :all: -r requirements-build.txt
+    "$build/bin/python" -m hatchling build --target wheel --directory "$build/dist"
+    # shellcheck disable=SC2086
+    "$prefix/bin/python" $pip install --no-cache-dir --no-compile --no-deps --no-index "$build"/dist/*.whl
+    rm -rf "$build"
+    # shellcheck disable=SC2086
+    "$prefix/bin/python" $pip uninstall --yes pip
+    "$prefix/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' | while read -r packages; do
+        # Some Pythons put setuptools into a virtual environment beside pip.
+        rm -rf "$packages"/setuptools* "$packages"/pkg_resources "$packages"/_distutils_hack "$packages"/distutils-precedence.pth
+    done
+    rm -f "$prefix"/bin/activate* "$prefix"/bin/Activate*
+    # Nothing is written when it runs, so bytecode must be there. Unchecked: it depends on no file time.
+    "$prefix/bin/python" -m compileall -q --invalidation-mode unchecked-hash "$prefix/lib"
+    ;;
+*)
+    echo "$0: $step is neither dependencies nor package" >&2
+    exit 2
+    ;;
+esac
