@@ -12,6 +12,7 @@ def test_by_default_only_what_the_chart_says() -> None:
         "admin_listen": "0.0.0.0:9001",
         "drain_seconds": 20,
         "grace_seconds": 10,
+        "snapshot_file": "/var/lib/authz-server/snapshot",
     }
 
 

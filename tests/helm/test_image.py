@@ -149,6 +149,8 @@ def test_the_chart_s_commands_under_the_chart_s_limits(image: Path, own_valkey: 
         assert {int(container.status(name), 16) for name in ("CapEff", "CapPrm", "CapBnd", "CapInh", "CapAmb")} == {0}
         assert container.status("NoNewPrivs") == "1"
         assert container.writable_mounts() == {state}
+        snapshot = Path(f"/proc/{container.running.pid}/root{found.settings()['snapshot_file']}")
+        assert snapshot.stat().st_uid == 65532
 
         (serving,) = [line for line in log_of(container) if line["event"] == "serving"]
         request = ext_authz_pb2.CheckRequest()

@@ -38,6 +38,10 @@ def problems(values: dict[str, Any]) -> list[str]:
             {"drain": {"terminationGracePeriodSeconds": 30}},
             ["drain.terminationGracePeriodSeconds (30)", "together (30)"],
         ),
+        (
+            {"snapshotFile": {"enabled": False, "persistence": {"enabled": True}}},
+            ["snapshotFile.persistence.enabled", "snapshotFile.enabled is not"],
+        ),
         ({"replicas": None}, ["replicas is null", "autoscaling"]),
         ({"autoscaling": {"enabled": True}}, ["replicas (3)", "set replicas to null"]),
         (

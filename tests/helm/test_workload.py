@@ -28,6 +28,14 @@ def test_the_state_directory_is_an_empty_dir_of_limited_size() -> None:
     found = render({"snapshotFile": {"sizeLimit": "64Mi"}})
     assert {"name": "state", "emptyDir": {"sizeLimit": "64Mi"}} in found.pod()["volumes"]
     assert {"name": "state", "mountPath": "/var/lib/authz-server"} in found.container()["volumeMounts"]
+    assert found.settings()["snapshot_file"].startswith("/var/lib/authz-server/")
+
+
+def test_without_a_snapshot_file_no_place_for_one() -> None:
+    found = render({"snapshotFile": {"enabled": False}})
+    assert "state" not in {volume["name"] for volume in found.pod()["volumes"]}
+    assert "state" not in {mount["name"] for mount in found.container()["volumeMounts"]}
+    assert "snapshot_file" not in found.settings()
 
 
 def test_the_selector_matches_the_pods_and_never_the_others() -> None:

@@ -25,10 +25,11 @@ SETTINGS_OF_THE_CHART = frozenset(
     {
         *("listen", "admin_listen", "tls_certificate", "tls_key", "tls_client_ca"),
         *("redis_url", "redis_username", "redis_password", "redis_password_file", "redis_prefix"),
-        *("drain_seconds", "grace_seconds"),
+        *("drain_seconds", "grace_seconds", "snapshot_file"),
     }
 )
-"""The settings of the server that values of their own make: `listenAddress`, `ports`, `tls`, `redis`, `drain`."""
+"""The settings of the server that values of their own make: `listenAddress`, `ports`, `tls`, `redis`, `drain`,
+`snapshotFile`."""
 
 BEGIN = "<!-- values:begin (made by `make chart`) -->\n"
 END = "<!-- values:end -->\n"

@@ -33,6 +33,10 @@ told at once.
 {{- $problems = append $problems (printf "drain.terminationGracePeriodSeconds (%d) must be more than drain.seconds and drain.graceSeconds together (%d): Kubernetes would kill a pod that still answers" (int .drain.terminationGracePeriodSeconds) (int $leaving)) -}}
 {{- end -}}
 
+{{- if and .snapshotFile.persistence.enabled (not .snapshotFile.enabled) -}}
+{{- $problems = append $problems "snapshotFile.persistence.enabled, but snapshotFile.enabled is not: there would be volumes and nothing to keep on them" -}}
+{{- end -}}
+
 {{- if and .autoscaling.enabled (kindIs "invalid" .replicas | not) -}}
 {{- $problems = append $problems (printf "replicas (%d) is set and autoscaling.enabled: every upgrade would undo what the autoscaler chose; set replicas to null" (int .replicas)) -}}
 {{- end -}}
