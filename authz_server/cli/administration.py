@@ -35,6 +35,7 @@ from authz_server.store.interface import (
     EventRecord,
     NotInitialisedError,
     Position,
+    RevisionChangedError,
     Store,
     StoredRecord,
     StoreUnavailableError,
@@ -153,7 +154,16 @@ async def carry_out(
         return Done(wish.action, order, position, plan.steps, changed=False, notes=plan.notes)
     if plan.concerns:
         confirm(plan.concerns)
-    change = Change(order.change_id, position.epoch, order.actor, order.reason, wish.action, plan.writes, plan.checks)
+    change = Change(
+        order.change_id,
+        position.epoch,
+        order.actor,
+        order.reason,
+        wish.action,
+        plan.writes,
+        plan.checks,
+        position.revision if plan.alone else None,
+    )
     try:
         async with _outcome_told(order.change_id):
             result = await store.apply(change)
@@ -161,6 +171,8 @@ async def carry_out(
         raise ChangedMeanwhileError(
             [f"{error.key} was changed by somebody else at this moment: look at it, and ask again if it is still right"]
         ) from error
+    except RevisionChangedError as error:
+        raise ChangedMeanwhileError(["somebody changed the policy at this moment: ask again"]) from error
     except ChangeIdUsedError as error:
         raise BadInputError([str(error)]) from error
     except EpochChangedError as error:

@@ -9,7 +9,7 @@ import typer
 
 from authz_server.cli import inputs
 from authz_server.cli.administration import initialise, load_snapshot
-from authz_server.cli.affinity import affinity_app, instance_app, tenant_app
+from authz_server.cli.affinity import affinity_app, tenant_app
 from authz_server.cli.changes import (
     AddResource,
     AddToList,
@@ -24,6 +24,7 @@ from authz_server.cli.failures import (
     NotFoundError,
 )
 from authz_server.cli.inputs import Reader
+from authz_server.cli.instance import instance_app
 from authz_server.cli.output import (
     Json,
     OutputFormat,

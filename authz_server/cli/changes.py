@@ -8,20 +8,29 @@ the policy is refused with all its problems, and then nothing of it is written.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import chain
 from typing import Protocol
 
 from netaddr import IPNetwork
 
 from authz_server.cli.failures import NotFoundError, RefusedError
-from authz_server.cli.times import show_expiry
+from authz_server.cli.times import show_expiry, show_moment
 from authz_server.policy.access import Enforcement, Entry, Mode, NamedList, Resource, Scope, Side, own_list
 from authz_server.policy.addresses import Address, Network
-from authz_server.policy.affinity import Instance, InstanceState, Tenant, rendezvous
+from authz_server.policy.affinity import Hold, Instance, InstanceState, Tenant, rendezvous
 from authz_server.policy.records import Record, RecordKey, RecordKind, Unreadable, entry_key, record_key
 from authz_server.store.interface import MAX_WRITES_PER_CHANGE, Check, StoredRecord, Write
 
 WIDEST_UNASKED = {4: 8, 6: 16}
 """Entries with a shorter prefix than this, by address version, are asked about: most of them are typing errors."""
+
+_NOBODY_MOVES = (
+    "registered tenants stay where they are: `authzctl affinity rebalance` shows which of them the hash would place "
+    "elsewhere now"
+)
+
+_NAMED = 5
+"""Tenants that a sentence names; more are counted."""
 
 
 class Effect(StrEnum):
@@ -58,6 +67,8 @@ class Plan:
     """Dangers that somebody must confirm."""
     notes: tuple[str, ...] = ()
     """What is good to know."""
+    alone: bool = False
+    """Whether it holds only as long as nobody changes anything else."""
     closes: Scope | None = None
     """A scope that the plan leaves restricted and enforced: who still gets in depends on entries not read for it."""
 
@@ -233,8 +244,102 @@ class AddInstance:
         (key,) = self.keys()
         old = known.record(key)
         base = old if isinstance(old, Instance) else Instance(self.name)
-        draft.put(key, replace(base, weight=self.weight), replace_=self.replace)
+        wished = replace(base, weight=self.weight)
+        draft.put(key, wished, replace_=self.replace)
+        if wished != old:
+            draft.note(_NOBODY_MOVES)
         return draft.finish()
+
+
+@dataclass(frozen=True, slots=True)
+class SetInstance:
+    """Set an instance's weight or state; what is None stays as it is."""
+
+    action: str
+    """`instance.weight`, `instance.drain`, `instance.down` or `instance.activate`."""
+    name: str
+    weight: int | None = None
+    state: InstanceState | None = None
+    tenants: int = 0
+    """How many tenants are pinned to it, as far as is known."""
+    others_active: bool = True
+    """Whether another instance is active."""
+
+    def keys(self) -> tuple[RecordKey, ...]:
+        """The instance."""
+        return (_instance_key(self.name),)
+
+    def plan(self, known: Known, now: float) -> Plan:
+        """See `Wish.plan`."""
+        draft = _Draft(known, now)
+        (key,) = self.keys()
+        old = known.record(key)
+        if old is None:
+            raise NotFoundError(
+                [f"instance {self.name} does not exist: `authzctl instance add {self.name}` registers it"]
+            )
+        if isinstance(old, Unreadable) and None in (self.weight, self.state):
+            draft.refuse(
+                f"{key} cannot be read ({old.problem}), so nothing of it can be kept: "
+                f"`authzctl instance add {self.name} --replace` writes it anew"
+            )
+            return draft.finish()
+        base = old if isinstance(old, Instance) else Instance(self.name)
+        wished = Instance(
+            self.name,
+            base.weight if self.weight is None else self.weight,
+            base.state if self.state is None else self.state,
+        )
+        draft.put(key, wished, replace_=True)
+        if wished.state is not InstanceState.ACTIVE and wished != old:
+            if base.state is InstanceState.ACTIVE and not self.others_active:
+                draft.concern(f"no other instance is active: new tenants have nowhere to go once {self.name} is not")
+            if self.tenants:
+                draft.note(
+                    f"{counted(self.tenants, 'tenant')} pinned to {self.name} and not moved by this: "
+                    f"`authzctl instance drain {self.name} --apply` moves them away"
+                )
+        elif wished != old:
+            draft.note(_NOBODY_MOVES)
+        return draft.finish()
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveInstance:
+    """Take an instance out of the policy; one with tenants is kept."""
+
+    name: str
+    pinned: tuple[str, ...]
+    """The tenants that are pinned to it or being moved to it, all of them."""
+
+    @property
+    def action(self) -> str:
+        """`instance.remove`."""
+        return "instance.remove"
+
+    def keys(self) -> tuple[RecordKey, ...]:
+        """The instance."""
+        return (_instance_key(self.name),)
+
+    def plan(self, known: Known, now: float) -> Plan:
+        """See `Wish.plan`."""
+        draft = _Draft(known, now)
+        (key,) = self.keys()
+        old = known.record(key)
+        if old is None:
+            raise NotFoundError([f"instance {self.name} does not exist: `authzctl instance list` shows those that do"])
+        if self.pinned:
+            named = ", ".join(self.pinned[:_NAMED])
+            more = f" and {len(self.pinned) - _NAMED:,} more" if len(self.pinned) > _NAMED else ""
+            draft.refuse(
+                f"instance {self.name} has {counted(len(self.pinned), 'tenant')} ({named}{more}): "
+                f"`authzctl instance drain {self.name} --apply` moves them away first"
+            )
+        if isinstance(old, Instance) and old.state is InstanceState.ACTIVE:
+            draft.concern(f"instance {self.name} is active: tenants that the hash places on it go elsewhere at once")
+        draft.remove(key)
+        # Nobody may pin a tenant to it between the look at all tenants and the change.
+        return replace(draft.finish(), alone=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +382,8 @@ class MoveTenant:
 
     tenant: str
     instance: str
+    origin: str | None = None
+    """Where it must be pinned now, or else it stays; None: anywhere."""
 
     @property
     def action(self) -> str:
@@ -295,11 +402,185 @@ class MoveTenant:
         if old is None:
             remedy = f"`authzctl affinity pin {self.tenant} {self.instance}` registers it there"
             raise NotFoundError([f"tenant {self.tenant} is not registered: {remedy}"])
+        if self.origin is not None and isinstance(old, Tenant) and old.instance != self.origin:
+            draft.keep(key)
+            draft.note(f"tenant {self.tenant} is {_pin_text(old)} by now, and not moved")
+            return draft.finish()
         if isinstance(old, Tenant) and old.held:
-            draft.refuse(f"tenant {self.tenant} is held ({_pin_text(old)}): another move of it is under way")
+            draft.refuse(
+                f"tenant {self.tenant} is {hold_text(old)}: `--strict` goes on with that move, "
+                f"`authzctl affinity release {self.tenant}` ends it"
+            )
         draft.rely_on_instance(self.instance)
         draft.put(key, Tenant(self.tenant, self.instance), replace_=True)
         return draft.finish()
+
+
+@dataclass(frozen=True, slots=True)
+class HoldTenant:
+    """Have a tenant's requests denied until it is switched to another instance: the first half of a strict move."""
+
+    move: MoveTenant
+    hold: Hold
+
+    @property
+    def action(self) -> str:
+        """`affinity.hold`."""
+        return "affinity.hold"
+
+    def keys(self) -> tuple[RecordKey, ...]:
+        """The tenant and the instance that it moves to."""
+        return self.move.keys()
+
+    def plan(self, known: Known, now: float) -> Plan:
+        """See `Wish.plan`; one that is there already, or no longer where it was, is left alone."""
+        draft = _Draft(known, now)
+        key = _tenant_key(self.move.tenant)
+        old = known.record(key)
+        if not isinstance(old, Tenant) or old.instance is None or (old.held and old.hold is None):
+            return self.move.plan(known, now)  # which says what is wrong, or what is left to do
+        draft.rely_on_instance(self.move.instance)
+        if old.hold is not None:
+            if old.hold.to != self.move.instance:
+                draft.refuse(f"tenant {old.id} is {hold_text(old)}: `authzctl affinity release {old.id}` ends that")
+            elif old.hold.owner != self.hold.owner:
+                draft.concern(f"tenant {old.id} is {hold_text(old)}: that move may still be under way")
+            draft.keep(key)
+        elif old.instance == self.move.instance:
+            draft.keep(key)
+        elif self.move.origin not in (None, old.instance):
+            draft.keep(key)
+            draft.note(f"tenant {old.id} is {_pin_text(old)} by now, and not moved")
+        else:
+            draft.put(key, Tenant(old.id, old.instance, held=True, hold=self.hold), replace_=True)
+        return draft.finish()
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchTenant:
+    """Pin a held tenant to the instance that it is held for: the second half of a strict move."""
+
+    move: MoveTenant
+
+    @property
+    def action(self) -> str:
+        """`affinity.move`."""
+        return "affinity.move"
+
+    def keys(self) -> tuple[RecordKey, ...]:
+        """The tenant and the instance that it moves to."""
+        return self.move.keys()
+
+    def plan(self, known: Known, now: float) -> Plan:
+        """See `Wish.plan`; one that is not held for this move is left alone."""
+        draft = _Draft(known, now)
+        key = _tenant_key(self.move.tenant)
+        old = known.record(key)
+        if isinstance(old, Tenant) and old.hold is not None and old.hold.to == self.move.instance:
+            draft.rely_on_instance(self.move.instance)
+            draft.put(key, Tenant(old.id, self.move.instance), replace_=True)
+        return draft.finish()
+
+
+@dataclass(frozen=True, slots=True)
+class UnpinTenant:
+    """Forget a registered tenant and its pin."""
+
+    tenant: str
+
+    @property
+    def action(self) -> str:
+        """`affinity.unpin`."""
+        return "affinity.unpin"
+
+    def keys(self) -> tuple[RecordKey, ...]:
+        """The tenant."""
+        return (_tenant_key(self.tenant),)
+
+    def plan(self, known: Known, now: float) -> Plan:
+        """See `Wish.plan`."""
+        draft = _Draft(known, now)
+        (key,) = self.keys()
+        old = known.record(key)
+        if old is None:
+            raise NotFoundError([f"tenant {self.tenant} is not registered"])
+        if isinstance(old, Tenant) and old.held:
+            draft.refuse(
+                f"tenant {self.tenant} is {hold_text(old)}: `authzctl affinity release {self.tenant}` ends that first"
+            )
+        draft.remove(key)
+        draft.note("the servers treat tenants that are not registered as AUTHZ_UNKNOWN_TENANT says")
+        return draft.finish()
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseTenant:
+    """End the hold of a tenant; it stays where it is pinned."""
+
+    tenant: str
+    actor: str
+    """Who releases; somebody else's hold is asked about."""
+
+    @property
+    def action(self) -> str:
+        """`affinity.release`."""
+        return "affinity.release"
+
+    def keys(self) -> tuple[RecordKey, ...]:
+        """The tenant."""
+        return (_tenant_key(self.tenant),)
+
+    def plan(self, known: Known, now: float) -> Plan:
+        """See `Wish.plan`."""
+        draft = _Draft(known, now)
+        (key,) = self.keys()
+        old = known.record(key)
+        if old is None:
+            raise NotFoundError([f"tenant {self.tenant} is not registered"])
+        if isinstance(old, Unreadable):
+            draft.refuse(f"{key} cannot be read ({old.problem}): `authzctl affinity move` writes its pin anew")
+        elif isinstance(old, Tenant) and old.held:
+            draft.put(key, Tenant(old.id, old.instance), replace_=True)
+            if old.hold is None or old.hold.owner != self.actor:
+                draft.concern(f"tenant {self.tenant} is {hold_text(old)}: that move may still be under way")
+        else:
+            draft.keep(key)
+        return draft.finish()
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Several wishes of one action as one change: all of them or none."""
+
+    wishes: tuple[Wish, ...]
+
+    @property
+    def action(self) -> str:
+        """What each of them asks for."""
+        return self.wishes[0].action
+
+    def keys(self) -> tuple[RecordKey, ...]:
+        """The keys of all."""
+        return tuple(dict.fromkeys(chain.from_iterable(wish.keys() for wish in self.wishes)))
+
+    def plan(self, known: Known, now: float) -> Plan:
+        """See `Wish.plan`; the problems of all are told."""
+        plans = []
+        problems: list[str] = []
+        for wish in self.wishes:
+            try:
+                plans.append(wish.plan(known, now))
+            except (RefusedError, NotFoundError) as error:
+                problems += error.problems
+        if problems:
+            raise RefusedError(dict.fromkeys(problems))
+        return Plan(
+            tuple(step for plan in plans for step in plan.steps),
+            tuple(write for plan in plans for write in plan.writes),
+            tuple({check.key: check for plan in plans for check in plan.checks}.values()),
+            tuple(dict.fromkeys(concern for plan in plans for concern in plan.concerns)),
+            tuple(dict.fromkeys(note for plan in plans for note in plan.notes)),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -446,6 +727,12 @@ class _Draft:
     def refuse(self, problem: str) -> None:
         self._problems.append(problem)
 
+    def concern(self, danger: str) -> None:
+        self._concerns.append(danger)
+
+    def note(self, note: str) -> None:
+        self._notes.append(note)
+
     def keep(self, key: RecordKey) -> None:
         record = self._known.record(key)
         self._steps.append(Step(key, Effect.UNCHANGED, record, record))
@@ -554,7 +841,7 @@ class _Draft:
             tuple(self._checks.values()),
             tuple(self._concerns),
             tuple(self._notes),
-            self._closes,
+            closes=self._closes,
         )
 
     def _rely_on(self, key: RecordKey, remedy: str) -> None:
@@ -646,6 +933,19 @@ def _pin_text(record: Record | Unreadable) -> str:
     if isinstance(record, Tenant) and record.instance is not None:
         return f"pinned to {record.instance}"
     return "pinned to an instance that cannot be read"
+
+
+def hold_text(tenant: Tenant) -> str:
+    """Say who holds a tenant, for a sentence that begins with it."""
+    if tenant.hold is None:
+        return f"held, nobody says by whom ({_pin_text(tenant)})"
+    hold = tenant.hold
+    return f"held by {hold.owner} since {show_moment(hold.since)} for a move to {hold.to} ({_pin_text(tenant)})"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return `1 tenant` or `2,000 tenants`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _size_text(network: Network) -> str:

@@ -104,6 +104,16 @@ class InterruptedWaitError(NotAcknowledgedError):
     exit_code = 130
 
 
+class MoveStoppedError(AuthzctlError):
+    """A command of several changes did not come to its end; what was done by then is done."""
+
+    kind = "stopped"
+
+    def __init__(self, problems: Iterable[str], hints: Iterable[str], *, exit_code: int) -> None:
+        super().__init__(problems, hints)
+        self.exit_code = exit_code
+
+
 class ChangeLostError(AuthzctlError):
     """The change was written, and the store's history no longer has it: a failover, or a restored backup."""
 

@@ -2,8 +2,10 @@
 
 import pwd
 import re
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from os import getuid
+from pathlib import Path
 from typing import TypeVar
 
 from authz_server.cli.failures import BadInputError
@@ -106,6 +108,47 @@ def line(what: str, *, required: bool = False) -> Callable[[str], str]:
         return stripped
 
     return parse
+
+
+def lines(reader: Reader, path: Path, columns: Sequence[str], problems_at_most: int = 50) -> list[tuple[str, ...]]:
+    """Read a file (`-`: standard input) of lines such as `TENANT INSTANCE`, with blanks or a comma between the columns.
+
+    Empty lines, and what follows a `#`, do not count; a line that is there twice counts once.
+
+    Args:
+        reader: takes the problems, each with its line.
+        path: of the file.
+        columns: what stands in a line, such as `a tenant`; names of that kind are checked.
+        problems_at_most: so many are told; more would hide the first ones.
+    """
+    rows: dict[tuple[str, ...], None] = {}
+    problems: list[str] = []
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reader.refuse(f"{path} cannot be read: {error}")
+        return []
+    for number, line_text in enumerate(text.splitlines(), 1):
+        words = line_text.partition("#")[0].replace(",", " ").split()
+        if not words:
+            continue
+        where = "standard input" if str(path) == "-" else str(path)
+        if len(words) != len(columns):
+            problems.append(f"{where}, line {number}: {line_text.strip()!r} must be {' and '.join(columns)}")
+            continue
+        for word, kind in zip(words, columns, strict=True):
+            try:
+                parse_identifier(word, kind)
+            except ValueError as error:
+                problems.append(f"{where}, line {number}: {error}")
+        rows[tuple(words)] = None
+    for problem in problems[:problems_at_most]:
+        reader.refuse(problem)
+    if len(problems) > problems_at_most:
+        reader.refuse(f"and {len(problems) - problems_at_most:,} lines more")
+    if not rows and not problems:
+        reader.refuse(f"{path} names nothing")
+    return list(rows)
 
 
 def header(text: str) -> tuple[str, str]:

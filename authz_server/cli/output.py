@@ -10,18 +10,21 @@ from enum import StrEnum
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.padding import Padding
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column, Table
 from rich.text import Text
 
 from authz_server.cli.acknowledgement import Acknowledgement
 from authz_server.cli.administration import Done
-from authz_server.cli.changes import Effect, Step
+from authz_server.cli.changes import Effect, Step, counted
 from authz_server.cli.failures import AuthzctlError, OutputLostError
+from authz_server.cli.moves import Moved, OnProgress
 from authz_server.cli.times import show_expiry, show_moment
 from authz_server.explanation import Explanation
 from authz_server.policy.access import Enforcement, Entry, ListMatch, NamedList, Resource, Scope, ScopeOutcome
-from authz_server.policy.affinity import Instance, Tenant
+from authz_server.policy.affinity import Hold, Instance, Tenant
 from authz_server.policy.decision import Allowed
 from authz_server.policy.reasons import Reason
 from authz_server.policy.records import Record, RecordKey, RecordKind, Unreadable
@@ -113,6 +116,14 @@ def print_table(
     console.print(table)
 
 
+@_printing()
+def print_lines(*lines: str) -> None:
+    """Print sentences for people (OutputLostError: they cannot be written)."""
+    console = _console()
+    for line in lines:
+        console.print(plain(line))
+
+
 def print_done(done: Done, output: OutputFormat) -> None:
     """Print what became of a wish (OutputLostError: it cannot be written; the error says what became of it)."""
     with _printing(_summary(done)):
@@ -131,9 +142,7 @@ def _print_done_for_people(done: Done) -> None:
     for note in done.notes:
         console.print(Text.assemble(("note: ", "yellow"), plain(note)))
     console.print(plain(_summary(done)))
-    if done.acknowledgement and done.acknowledgement.complete:
-        count = len(done.acknowledgement.acknowledged)
-        console.print("The only server decides by it." if count == 1 else f"All {count} servers decide by it.")
+    _print_acknowledged(console, done.acknowledgement)
 
 
 @contextmanager
@@ -151,6 +160,61 @@ def waiting_shown(output: OutputFormat) -> Iterator[Callable[[Acknowledgement], 
             status.update(plain(f"Waiting for {names}{more}" if names else f"Waiting: {told.problem}"))
 
         yield show
+
+
+@contextmanager
+def progress_shown(output: OutputFormat) -> Iterator[OnProgress]:
+    """Show how far a command is that takes several changes: a bar on a terminal, else a line for each change."""
+    console = _console(stderr=True)
+    if output is not OutputFormat.TABLE:
+        yield lambda *_: None
+        return
+    if not console.is_terminal:
+        yield lambda done, total, what: None if what else console.print(plain(f"{done:,} of {total:,} tenants done"))
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", table_column=Column(ratio=1)))
+    with Progress(*columns, console=console, transient=True, expand=True) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda done, total, what: progress.update(task, completed=done, total=total, description=escape(what))
+
+
+def print_moved(moved: Moved, output: OutputFormat) -> None:
+    """Print what became of many wishes (OutputLostError: it cannot be written; the error says what became of them)."""
+    summary = _moved_summary(moved)
+    with _printing(summary):
+        if output is OutputFormat.JSON:
+            _echo_json(
+                {
+                    "action": moved.action,
+                    "tenants": moved.tenants,
+                    "changes": [
+                        {"epoch": position.epoch, "revision": position.revision, "change_id": position.change_id}
+                        for position in moved.changes
+                    ],
+                    "notes": list(moved.notes),
+                    "servers": acknowledgement_json(moved.acknowledgement),
+                }
+            )
+            return
+        console = _console()
+        for note in moved.notes:
+            console.print(Text.assemble(("note: ", "yellow"), plain(note)))
+        console.print(plain(summary))
+        _print_acknowledged(console, moved.acknowledgement)
+
+
+def _moved_summary(moved: Moved) -> str:
+    if not moved.changes:
+        return f"Nothing to do for {moved.action}: it is so already."
+    first, last = moved.changes[0].revision, moved.changes[-1].revision
+    where = f"revision {first}" if first == last else f"{len(moved.changes)} changes, revisions {first} to {last}"
+    return f"Done: {moved.action} of {counted(moved.tenants, 'tenant')}, {where}."
+
+
+def _print_acknowledged(console: Console, told: Acknowledgement | None) -> None:
+    if told and told.complete:
+        count = len(told.acknowledged)
+        console.print("The only server decides by it." if count == 1 else f"All {count} servers decide by it.")
 
 
 def _summary(done: Done) -> str:
@@ -337,9 +401,21 @@ def record_json(record: Record | Unreadable | None) -> dict[str, Json] | None:
                 "hosts": list(record.hosts),
             }
         case Tenant():
-            return {"id": record.id, "instance": record.instance, "held": record.held}
+            return {
+                "id": record.id,
+                "instance": record.instance,
+                "held": record.held,
+                "hold": hold_json(record.hold),
+            }
         case Instance():
             return {"name": record.name, "weight": record.weight, "state": record.state}
+
+
+def hold_json(hold: Hold | None) -> dict[str, Json] | None:
+    """Return who holds a tenant."""
+    if hold is None:
+        return None
+    return {"owner": hold.owner, "to": hold.to, "since": show_moment(hold.since), "reason": hold.reason}
 
 
 def plain(text: str) -> Text:
@@ -365,9 +441,10 @@ def _step_text(step: Step, done: Done) -> str:
                 told += f"; put there by {entry.author} at {show_moment(entry.created_at)}: {entry.reason}"
             return told
         case Tenant() as tenant:
-            return f"{what}, pinned to {tenant.instance}{_was(step)}"
+            held = f", held for a move to {tenant.hold.to}" if tenant.hold else ", held" if tenant.held else ""
+            return f"{what}, pinned to {tenant.instance}{held}{_was(step)}"
         case Instance() as instance:
-            return f"{what}, weight {instance.weight}, {instance.state}"
+            return f"{what}, weight {instance.weight}, {instance.state}{_was(step)}"
         case Resource() as resource:
             paths = ", ".join(pattern.text for pattern in resource.paths)
             return f"{what}, paths {paths} on {', '.join(resource.hosts) or 'any host'}"
@@ -388,6 +465,8 @@ def _was(step: Step) -> str:
     match step.previous:
         case Tenant(instance=instance):
             return f" (was {instance or 'not readable'})"
+        case Instance(weight=weight, state=state):
+            return f" (was weight {weight}, {state})"
         case Scope(mode=mode, enforcement=enforcement):
             return f" (was {mode}, {enforcement})"
         case _:

@@ -35,13 +35,24 @@ from authz_server.cli.failures import (
     UnknownOutcomeError,
 )
 from authz_server.cli.inputs import Reader
-from authz_server.cli.output import Json, OutputFormat, print_concerns, print_done, print_failure, waiting_shown
+from authz_server.cli.moves import Moved, OnProgress
+from authz_server.cli.output import (
+    Json,
+    OutputFormat,
+    print_concerns,
+    print_done,
+    print_failure,
+    print_moved,
+    progress_shown,
+    waiting_shown,
+)
 from authz_server.policy.access import Entry
 from authz_server.policy.snapshot import DecisionOptions, Snapshot
 from authz_server.settings import HIDDEN, Settings, SettingsError, load_settings
 from authz_server.store.interface import (
     AlreadyInitialisedError,
     NotInitialisedError,
+    Position,
     Store,
     StoreError,
     StoreUnavailableError,
@@ -196,16 +207,15 @@ class Writer:
 
     def prepare(self, prepare: Callable[[Store], Awaitable[Wish]]) -> None:
         """Carry out a wish that the store must be asked for, and print what became of it."""
-        self.tell(lambda store, order: carry_out(store, order, prepare, self._confirm))
+        self.tell(lambda store, order: carry_out(store, order, prepare, self.confirm))
 
     def tell(self, act: Callable[[Store, Order], Awaitable[Done]]) -> None:
         """Act on the store, once the input is known to be good, and print what became of it."""
         self.reader.done()
-        order = Order(self.actor, self.reason, self.change_id, self.resent, self.now)
-        done = self.session.ask(lambda store: self._act(store, act, order))
+        done = self.session.ask(lambda store: self._act(store, act, self.order))
         print_done(done, self.session.output)
         if done.acknowledgement and not done.acknowledgement.complete:
-            raise _not_acknowledged(done, done.acknowledgement)
+            raise _not_acknowledged(done.position, done.acknowledgement)
 
     async def _act(self, store: Store, act: Callable[[Store, Order], Awaitable[Done]], order: Order) -> Done:
         done = await act(store, order)
@@ -215,7 +225,33 @@ class Writer:
             told = await wait_for_servers(store, done.position, seconds=self.wait, on_progress=show)
         return replace(done, acknowledgement=told)
 
-    def _confirm(self, concerns: tuple[str, ...]) -> None:
+    def tell_many(self, act: Callable[[Store, OnProgress], Awaitable[Moved]]) -> None:
+        """As `tell`, for what takes several changes: show how far it is, and print what became of it."""
+        if self.resent:
+            self.reader.refuse("--change-id names one change, and this may take several; sent again, it does the rest")
+        self.reader.done()
+
+        async def acting(store: Store) -> Moved:
+            with progress_shown(self.session.output) as show:
+                moved = await act(store, show)
+            if self.wait is None or not moved.changes:
+                return moved
+            with waiting_shown(self.session.output) as show_waiting:
+                told = await wait_for_servers(store, moved.changes[-1], seconds=self.wait, on_progress=show_waiting)
+            return replace(moved, acknowledgement=told)
+
+        moved = self.session.ask(acting)
+        print_moved(moved, self.session.output)
+        if moved.acknowledgement and not moved.acknowledgement.complete:
+            raise _not_acknowledged(moved.changes[-1], moved.acknowledgement)
+
+    @property
+    def order(self) -> Order:
+        """Who wants what is asked for, and why."""
+        return Order(self.actor, self.reason, self.change_id, self.resent, self.now)
+
+    def confirm(self, concerns: tuple[str, ...]) -> None:
+        """Let somebody confirm what is dangerous (ConfirmationNeededError: nobody does)."""
         if self.yes:
             return
         if self.session.output is OutputFormat.TABLE and sys.stdin.isatty() and sys.stderr.isatty():
@@ -273,8 +309,8 @@ def writing(
         )
 
 
-def _not_acknowledged(done: Done, told: Acknowledgement) -> AuthzctlError:
-    what = f"revision {done.position.revision}"
+def _not_acknowledged(position: Position, told: Acknowledgement) -> AuthzctlError:
+    what = f"revision {position.revision}"
     if told.lost:
         return ChangeLostError([f"{what} was written and is lost since: {told.problem}. Look, and send it again"])
     problems = [f"{what} is written, and it is not known which servers have it: {told.problem}"] if told.problem else []

@@ -31,6 +31,19 @@ class Instance:
 
 
 @dataclass(frozen=True, slots=True)
+class Hold:
+    """Why a tenant is held: somebody moves it, and no server may use the old instance when the new one is used."""
+
+    owner: str
+    """Who moves it."""
+    to: str
+    """The instance that it moves to."""
+    since: int
+    """Seconds since the Unix epoch."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tenant:
     """A registered tenant: pinned to one instance."""
 
@@ -39,6 +52,8 @@ class Tenant:
     """The instance's name; None only when the record could not be read, and then requests are denied."""
     held: bool = False
     """Whether its requests are held back while it is moved."""
+    hold: Hold | None = None
+    """Who holds it; None also when it is held and nobody has said so."""
 
 
 class Affinity(StrEnum):

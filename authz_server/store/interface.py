@@ -68,6 +68,10 @@ class CollectionTouchedError(StoreError):
     """A collection was changed by somebody else while a replacement of it was prepared; nothing was written."""
 
 
+class RevisionChangedError(StoreError):
+    """The policy is not at the revision that the change was prepared for; nothing was written."""
+
+
 class ChangeIdUsedError(StoreError):
     """The change id was applied for a change that is not exactly this one; nothing was written now."""
 
@@ -146,6 +150,8 @@ class Change:
     """What was asked for, such as `block.add`; for people who read the history."""
     writes: tuple[Write, ...]
     checks: tuple[Check, ...] = ()
+    at_revision: int | None = None
+    """Where the policy must stand, for a change that relies on more than it names; None: anywhere."""
 
     def __post_init__(self) -> None:
         if not self.change_id:
@@ -424,6 +430,7 @@ class Store(Protocol):
         Raises:
             ConflictError: a record is not what the change expects.
             EpochChangedError: the policy is not the one that the change was prepared for.
+            RevisionChangedError: somebody changed something, and the change demands that nobody has.
             ChangeIdUsedError: the change id was applied for another change.
             ValueError: a record does not belong under its key, or could not be read again.
         """

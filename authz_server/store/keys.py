@@ -26,7 +26,7 @@ from authz_server.policy.access import (
     normalize_host,
 )
 from authz_server.policy.addresses import InvalidNetworkError, parse_network
-from authz_server.policy.affinity import MAX_WEIGHT, Instance, InstanceState, Tenant
+from authz_server.policy.affinity import MAX_WEIGHT, Hold, Instance, InstanceState, Tenant
 from authz_server.policy.identifiers import parse_identifier
 from authz_server.policy.paths import parse_path_pattern
 from authz_server.policy.records import Record, RecordKey, RecordKind, Unreadable
@@ -166,7 +166,14 @@ def encode_record(record: Record) -> str:
         case Resource():
             fields = {"paths": [pattern.text for pattern in record.paths], "hosts": record.hosts or None}
         case Tenant():
-            fields = {"instance": record.instance, "held": record.held or None}
+            hold = record.hold
+            fields = {
+                "instance": record.instance,
+                "held": record.held or None,
+                "hold": {"owner": hold.owner, "to": hold.to, "since": hold.since, "reason": hold.reason}
+                if hold
+                else None,
+            }
         case Instance():
             fields = {"weight": record.weight, "state": record.state.value}
     present = {name: value for name, value in fields.items() if value is not None}
@@ -352,7 +359,11 @@ def _resource(key: RecordKey, fields: _Fields) -> Resource:
 
 def _tenant(key: RecordKey, fields: _Fields) -> Tenant:
     _check(_identifier("a tenant"), key.name)
-    return Tenant(key.name, fields.take("instance", _identifier("an instance")), fields.take("held", _flag, False))
+    instance, held = fields.take("instance", _identifier("an instance")), fields.take("held", _flag, False)
+    hold = fields.take_optional("hold", _hold)
+    if hold and not held:
+        raise _ProblemError("'hold' says who holds it, and 'held' that nobody does")
+    return Tenant(key.name, instance, held, hold)
 
 
 def _instance(key: RecordKey, fields: _Fields) -> Instance:
@@ -431,6 +442,20 @@ def _integer(value: Any, low: int, high: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ValueError(f"{value!r} is not a whole number from {low} to {high}")
     return value
+
+
+def _hold(value: Any) -> Hold:
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r} is not an object")  # noqa: TRY004 - as in _text
+    fields = _Fields(value)
+    hold = Hold(
+        fields.take("owner", _text),
+        fields.take("to", _identifier("an instance")),
+        fields.take("since", _second),
+        fields.take("reason", _text),
+    )
+    fields.end()
+    return hold
 
 
 def _second(value: Any) -> int:

@@ -31,6 +31,7 @@ from authz_server.store.interface import (
     Replacement,
     Replica,
     Report,
+    RevisionChangedError,
     StoredRecord,
     StoreUnavailableError,
     VerifiedCounts,
@@ -117,6 +118,8 @@ class MemoryStore:
         before = await self.position()
         if before.epoch != change.epoch:
             raise EpochChangedError(f"the policy was replaced as a whole meanwhile (epoch {before.epoch})")
+        if change.at_revision not in (None, before.revision):
+            raise RevisionChangedError(f"the policy is at revision {before.revision}, not {change.at_revision}")
         parts: tuple[Write | Check, ...] = (*change.writes, *change.checks)
         for part in parts:
             if self._text(part.key) != part.expected:

@@ -59,6 +59,7 @@ from authz_server.store.interface import (
     Replacement,
     Replica,
     Report,
+    RevisionChangedError,
     StoredRecord,
     StoreError,
     StoreRefusedError,
@@ -242,6 +243,7 @@ class RedisStore:
             arguments += [number, key.name, "absent" if before is None else "present", before or "", act, after or ""]
         fixed = [FORMAT, change.epoch, change.change_id, change.actor, change.reason, change.action]
         fixed += [encode_event_records(writes), str(self._max_events), str(_RESULT_SECONDS), digest]
+        fixed.append("" if change.at_revision is None else str(change.at_revision))
         names = ["meta", "counts", "changes", f"change:{change.change_id}", *numbers]
         with self._errors():
             kind, *details = await self._apply(
@@ -250,6 +252,8 @@ class RedisStore:
         if kind == "conflict":
             key, before, _, _ = items[int(details[0]) - 1]
             raise ConflictError(key, before, details[1] if len(details) > 1 else None)
+        if kind == "revision":
+            raise RevisionChangedError(f"the policy is at revision {details[0]}, not {change.at_revision}")
         return await self._written(kind, details, change.epoch, change.change_id, digest)
 
     async def _written(self, kind: str, details: list[str], epoch: str, change_id: str, digest: str) -> WriteResult:

@@ -1,7 +1,6 @@
 """The command line against a real Valkey: what it prints, what it refuses, what it leaves in the store."""
 
 import asyncio
-import json
 import os
 import pty
 import shlex
@@ -10,18 +9,15 @@ import socket
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.authzctl import run, write
 from support.policies import network_key
-from typer.testing import CliRunner
 
 from authz_server.cli import administration, session
-from authz_server.cli.authzctl import app
 from authz_server.demo.processes import free_port
 from authz_server.demo.valkey import Valkey
 from authz_server.explanation import describe_request
@@ -36,53 +32,6 @@ from authz_server.store.redis_store import RedisStore
 pytestmark = pytest.mark.integration
 
 PASSWORD = "s3cret-in-url"
-
-
-@dataclass(frozen=True)
-class Ran:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-    @property
-    def error(self) -> Any:
-        return json.loads(self.err)
-
-
-def run(*words: str) -> Ran:
-    result = CliRunner().invoke(app, list(words))
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return Ran(result.exit_code, result.stdout, result.stderr)
-
-
-def write(*words: str, code: int = 0) -> Ran:
-    ran = run(*words, "--reason", "a test")
-    assert ran.code == code, ran
-    return ran
-
-
-@pytest.fixture
-def prefix(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An empty store of the test's own, to which the commands are pointed."""
-    for variable in os.environ:
-        if variable.startswith("AUTHZ"):
-            monkeypatch.delenv(variable)
-    name = f"test-{uuid.uuid4().hex}"
-    monkeypatch.setenv("AUTHZ_REDIS_URL", valkey.url)
-    monkeypatch.setenv("AUTHZ_REDIS_PREFIX", name)
-    monkeypatch.setenv("AUTHZCTL_ACTOR", "alice")
-    return name
-
-
-@pytest.fixture
-def policy(prefix: str) -> str:
-    """As `prefix`, with an empty policy."""
-    write("init")
-    return prefix
 
 
 def with_store(valkey: Valkey, prefix: str, act: Callable[[RedisStore], Awaitable[Any]]) -> Any:

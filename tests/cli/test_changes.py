@@ -17,9 +17,14 @@ from authz_server.cli.changes import (
     Effect,
     MoveTenant,
     PinTenant,
+    ReleaseTenant,
     RemoveFromList,
     RemoveFromScope,
+    RemoveInstance,
+    SetInstance,
     SetScope,
+    Together,
+    UnpinTenant,
     Wish,
     place_tenant,
 )
@@ -35,7 +40,7 @@ from authz_server.cli.failures import (
 )
 from authz_server.policy.access import Enforcement, Entry, Mode, NamedList, Resource, Scope, Side
 from authz_server.policy.addresses import parse_network
-from authz_server.policy.affinity import Instance, InstanceState, Tenant, rendezvous
+from authz_server.policy.affinity import Hold, Instance, InstanceState, Tenant, rendezvous
 from authz_server.policy.paths import parse_path_pattern
 from authz_server.policy.records import Record, RecordKey, RecordKind
 from authz_server.policy.snapshot import DecisionOptions, Snapshot
@@ -43,6 +48,7 @@ from authz_server.store.interface import (
     MAX_WRITES_PER_CHANGE,
     AlreadyInitialisedError,
     Change,
+    Store,
     StoreUnavailableError,
     WriteResult,
 )
@@ -419,6 +425,89 @@ async def test_a_held_tenant_is_not_moved_by_somebody_else(desk: Desk) -> None:
     await desk.put((RecordKey(RecordKind.TENANT, "acme"), Tenant("acme", "q1", held=True)))
     (problem,) = await desk.refused(MoveTenant("acme", "q2"), RefusedError)
     assert "is held" in problem
+
+
+async def test_several_wishes_are_one_change_or_none(desk: Desk) -> None:
+    await desk.do(AddInstance("q1", 1))
+    await desk.do(PinTenant("affinity.pin", "bolt", "q1"))
+    pins = [PinTenant("affinity.pin", name, "q1") for name in ("acme", "bolt", "coop")]
+    bad = [PinTenant("affinity.pin", "dove", "q8"), PinTenant("affinity.pin", "bolt", "q9")]
+    problems = await desk.refused(Together((*pins, *bad)), RefusedError)
+    assert [problem.split(",")[0].split(":")[0] for problem in problems] == [
+        "instance q8 does not exist",
+        "tenant bolt is registered already",
+    ]
+    done = await desk.do(Together(tuple(pins)))
+    assert [step.effect for step in done.steps] == [Effect.ADDED, Effect.UNCHANGED, Effect.ADDED]
+    assert done.position.revision == 4
+    assert (await desk.do(Together(tuple(pins)), change_id=done.order.change_id)).repeated
+
+
+async def test_an_unpinned_tenant_is_forgotten(desk: Desk) -> None:
+    await desk.do(AddInstance("q1", 1))
+    await desk.do(PinTenant("affinity.pin", "acme", "q1"))
+    done = await desk.do(UnpinTenant("acme"))
+    assert [(step.effect, step.record) for step in done.steps] == [(Effect.REMOVED, None)]
+    assert "AUTHZ_UNKNOWN_TENANT" in done.notes[0]
+    await desk.refused(UnpinTenant("acme"), NotFoundError)
+
+
+HELD = Tenant("acme", "q1", held=True, hold=Hold("bob", "q2", int(NOW), "more room"))
+
+
+async def test_a_held_tenant_is_released_by_its_holder_or_after_a_question(desk: Desk) -> None:
+    await desk.put((RecordKey(RecordKind.TENANT, "acme"), HELD))
+    (problem,) = await desk.refused(UnpinTenant("acme"), RefusedError)
+    assert "held by bob since 2027-01-15T08:00:00Z for a move to q2 (pinned to q1)" in problem
+    await desk.do(ReleaseTenant("acme", "alice"))
+    assert "may still be under way" in desk.asked[0]
+    assert (await desk.snapshot()).tenants["acme"] == Tenant("acme", "q1")
+    await desk.put((RecordKey(RecordKind.TENANT, "acme"), HELD))
+    await desk.do(ReleaseTenant("acme", "bob"))
+    assert len(desk.asked) == 1
+    assert not (await desk.do(ReleaseTenant("acme", "bob"))).changed
+    await desk.refused(ReleaseTenant("nobody", "bob"), NotFoundError)
+
+
+async def test_an_instance_is_set_and_keeps_the_rest(desk: Desk) -> None:
+    await desk.do(AddInstance("q1", 3))
+    done = await desk.do(SetInstance("instance.down", "q1", state=InstanceState.DOWN, tenants=2))
+    assert done.steps[0].record == Instance("q1", 3, InstanceState.DOWN)
+    assert "2 tenants pinned to q1" in done.notes[0]
+    assert desk.asked == []
+    done = await desk.do(SetInstance("instance.weight", "q1", weight=5, tenants=2, others_active=False))
+    assert done.steps[0].record == Instance("q1", 5, InstanceState.DOWN)
+    assert not (await desk.do(SetInstance("instance.weight", "q1", weight=5))).changed
+    await desk.refused(SetInstance("instance.down", "q9", state=InstanceState.DOWN), NotFoundError)
+
+
+async def test_taking_the_last_active_instance_out_of_use_is_asked_about(desk: Desk) -> None:
+    await desk.do(AddInstance("q1", 1))
+    await desk.do(SetInstance("instance.down", "q1", state=InstanceState.DOWN, others_active=False))
+    assert "no other instance is active" in desk.asked[0]
+
+
+async def test_an_instance_with_tenants_is_not_removed(desk: Desk) -> None:
+    await desk.do(AddInstance("q1", 1))
+    (problem,) = await desk.refused(RemoveInstance("q1", tuple(f"t{number}" for number in range(1200))), RefusedError)
+    assert problem.startswith("instance q1 has 1,200 tenants (t0, t1, t2, t3, t4 and 1,195 more)")
+    await desk.do(RemoveInstance("q1", ()))
+    assert "is active" in desk.asked[0]
+    assert (await desk.snapshot()).instances == {}
+
+
+async def test_an_instance_is_not_removed_when_anybody_changed_anything_meanwhile(desk: Desk) -> None:
+    """A tenant could have been pinned to it after all tenants were looked at."""
+    await desk.do(AddInstance("q1", 1))
+
+    async def removal(store: Store) -> Wish:
+        del store
+        await desk.do(PinTenant("affinity.pin", "acme", "q1"))
+        return RemoveInstance("q1", ())
+
+    with pytest.raises(ChangedMeanwhileError, match="ask again"):
+        await carry_out(desk.store, desk.order(), removal, lambda _: None)
+    assert set((await desk.snapshot()).instances) == {"q1"}
 
 
 async def test_a_pin_that_cannot_be_read_is_mended_by_a_move(desk: Desk) -> None:

@@ -1,5 +1,8 @@
 """What administrators type: all problems at once, each naming its text."""
 
+import io
+from pathlib import Path
+
 import pytest
 
 from authz_server.cli import inputs
@@ -78,3 +81,53 @@ def test_a_host_pattern_may_be_typed_in_any_case() -> None:
     assert inputs.host_pattern("*.Example.com") == "*.example.com"
     with pytest.raises(ValueError, match="is not a host"):
         inputs.host_pattern("https://example.com")
+
+
+PAIR = ("a tenant", "an instance")
+
+
+def test_lines_of_a_file_are_read_each_once(tmp_path: Path) -> None:
+    file = tmp_path / "moves.txt"
+    file.write_text("# who goes where\nacme q1\n\n  bolt,q2  # urgent\nacme\tq1\r\n")
+    reader = Reader()
+    assert inputs.lines(reader, file, PAIR) == [("acme", "q1"), ("bolt", "q2")]
+    reader.done()
+
+
+def test_all_bad_lines_are_told_with_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("acme q1\nBolt q1\ncoop\nacme q1 q2\n"))
+    reader = Reader()
+    inputs.lines(reader, Path("-"), PAIR)
+    with pytest.raises(BadInputError) as caught:
+        reader.done()
+    assert [problem.split(" is ")[0].split(" must ")[0] for problem in caught.value.problems] == [
+        "standard input, line 2: 'Bolt'",
+        "standard input, line 3: 'coop'",
+        "standard input, line 4: 'acme q1 q2'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [(None, "cannot be read: "), (b"\xff\xfe", "cannot be read: "), (b"# nobody\n", "names nothing")],
+    ids=["missing", "not text", "empty"],
+)
+def test_a_file_that_says_nothing_is_refused(tmp_path: Path, text: bytes | None, problem: str) -> None:
+    file = tmp_path / "moves.txt"
+    if text is not None:
+        file.write_bytes(text)
+    reader = Reader()
+    inputs.lines(reader, file, PAIR)
+    with pytest.raises(BadInputError, match=problem):
+        reader.done()
+
+
+def test_of_very_many_bad_lines_some_are_told_and_the_rest_counted(tmp_path: Path) -> None:
+    file = tmp_path / "moves.txt"
+    file.write_text("acme\n" * 60)
+    reader = Reader()
+    inputs.lines(reader, file, PAIR)
+    with pytest.raises(BadInputError) as caught:
+        reader.done()
+    assert len(caught.value.problems) == 51
+    assert caught.value.problems[-1] == "and 10 lines more"

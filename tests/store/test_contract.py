@@ -31,6 +31,7 @@ from authz_server.store.interface import (
     PositionLostError,
     Replacement,
     Report,
+    RevisionChangedError,
     Store,
     Write,
 )
@@ -608,6 +609,19 @@ async def test_a_policy_that_changed_since_it_was_examined_is_not_confirmed(stor
     with pytest.raises(EpochChangedError):
         await store.confirm(examined, actor="alice", reason="r", change_id="c9")
     assert await store.position() == after
+
+
+async def test_a_change_that_demands_a_revision_is_refused_at_another(store: Store, writer: Writer) -> None:
+    await writer.init()
+    change = await writer.change(Write(Q1, None, Instance("q1")), at_revision=1)
+    await writer.set((ACME, Tenant("acme", "q2")))
+    before = await store.load()
+    with pytest.raises(RevisionChangedError, match="revision 2, not 1"):
+        await store.apply(change)
+    assert await store.load() == before
+    applied = await store.apply(replace(change, at_revision=2))
+    assert applied.position.revision == 3
+    assert (await store.apply(replace(change, at_revision=2))).repeated, "sent again, it is the same change"
 
 
 # Servers' reports

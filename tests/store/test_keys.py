@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from authz_server.policy.access import Enforcement, Entry, Mode, NamedList, Resource, Scope
 from authz_server.policy.addresses import MAX_PREFIX_LENGTH, Network
-from authz_server.policy.affinity import Instance, InstanceState, Tenant
+from authz_server.policy.affinity import Hold, Instance, InstanceState, Tenant
 from authz_server.policy.paths import parse_path_pattern
 from authz_server.policy.records import Record, RecordKey, RecordKind, Unreadable, entry_key, record_key
 from authz_server.store.keys import (
@@ -50,6 +50,7 @@ self_named = st.one_of(
     st.builds(Scope, scope_names, st.sampled_from(Mode), st.sampled_from(Enforcement), list_of_names, list_of_names),
     st.builds(Resource, identifiers, st.lists(patterns, min_size=1, max_size=3).map(tuple), st.lists(hosts).map(tuple)),
     st.builds(Tenant, identifiers, identifiers, st.booleans()),
+    st.builds(Tenant, identifiers, identifiers, st.just(True), st.builds(Hold, texts, identifiers, seconds, texts)),
     st.builds(Instance, identifiers, st.integers(1, 100), st.sampled_from(InstanceState)),
 )
 keyed = st.one_of(
@@ -145,6 +146,13 @@ BROKEN: dict[str, tuple[RecordKey, Any, str]] = {
     "tenant: null instance": (TENANT, {"instance": None}, "None is not text"),
     "tenant: instance": (TENANT, {"instance": "Q1"}, "'Q1' is not a name for an instance"),
     "tenant: held": (TENANT, {"instance": "q1", "held": 1}, "1 is not true or false"),
+    "tenant: hold": (TENANT, {"instance": "q1", "held": True, "hold": "alice"}, "'hold': 'alice' is not an object"),
+    "tenant: hold without an owner": (TENANT, {"instance": "q1", "held": True, "hold": {}}, "'owner' is missing"),
+    "tenant: hold of one that is not held": (
+        TENANT,
+        {"instance": "q1", "hold": {"owner": "a", "to": "q2", "since": 5, "reason": "r"}},
+        "says who holds it, and 'held' that nobody does",
+    ),
     "tenant: name": (RecordKey(RecordKind.TENANT, "a\nb"), {"instance": "q1"}, "'a\\nb' is not a name"),
     "instance: weight": (INSTANCE, {"weight": 0, "state": "active"}, "0 is not a whole number from 1 to 100"),
     "instance: weight true": (INSTANCE, {"weight": True, "state": "active"}, "True is not a whole number"),
@@ -198,6 +206,11 @@ def test_texts_in_redis_stay_as_they_are() -> None:
         ("resources", "docs", '{"hosts":["*.a.com"],"paths":["/docs","/"]}'),
         ("tenants", "acme", '{"instance":"q1"}'),
         ("tenants", "acme", '{"held":true,"instance":"q1"}'),
+        (
+            "tenants",
+            "acme",
+            '{"held":true,"hold":{"owner":"alice","reason":"more room","since":1800000000,"to":"q2"},"instance":"q1"}',
+        ),
         ("instances", "q1", '{"state":"draining","weight":3}'),
     ]
 
@@ -213,6 +226,7 @@ SPELLED: list[tuple[RecordKey, Record]] = [
     (RESOURCE, Resource("docs", (parse_path_pattern("/docs"), parse_path_pattern("/")), ("*.a.com",))),
     (TENANT, Tenant("acme", "q1")),
     (TENANT, Tenant("acme", "q1", held=True)),
+    (TENANT, Tenant("acme", "q1", held=True, hold=Hold("alice", "q2", 1_800_000_000, "more room"))),
     (INSTANCE, Instance("q1", 3, InstanceState.DRAINING)),
 ]
 

@@ -3,18 +3,18 @@
 --
 -- KEYS  meta, counts, changes, result of this change id, then the hash of each collection
 -- ARGV  format, epoch, change id, actor, reason, action, records (JSON, for the event), most events to keep, seconds
---       to keep the result, digest of the change, then the name of each collection (in the order of KEYS), then six for
---       each record: number of its collection (from 1), field, 'present' or 'absent', the text expected if present,
---       'set', 'delete' or 'check', the text to set
+--       to keep the result, digest of the change, the revision that must be the newest ('': any), then the name of
+--       each collection (in the order of KEYS), then six for each record: number of its collection (from 1), field,
+--       'present' or 'absent', the text expected if present, 'set', 'delete' or 'check', the text to set
 -- Reply one of  {applied, revision}  {repeated, 'epoch revision digest'}  {absent}  {format, found}  {epoch, found}
---               {conflict, number of the record (from 1), text found or nil}  {inconsistent, what}
+--               {revision, found}  {conflict, number of the record (from 1), text found or nil}  {inconsistent, what}
 --
 -- A count is 'records revision sum': how many there are, which change was the last to touch the collection, and the sum
 -- of 48 bits of SHA-1 of each field and text, so that texts edited by hand can be noticed.
 
 local meta, counts, changes, result = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local format, epoch, change_id = ARGV[1], ARGV[2], ARGV[3]
-local FIXED_KEYS, FIXED_ARGUMENTS, PER_RECORD = 4, 10, 6
+local FIXED_KEYS, FIXED_ARGUMENTS, PER_RECORD = 4, 11, 6
 local MODULUS = 281474976710656
 local collections = #KEYS - FIXED_KEYS
 local first = FIXED_ARGUMENTS + collections + 1
@@ -38,6 +38,9 @@ if found[1] ~= format then
 end
 if found[2] ~= epoch then
   return {'epoch', found[2] or ''}
+end
+if ARGV[11] ~= '' and ARGV[11] ~= found[3] then
+  return {'revision', found[3] or ''}
 end
 local revision, records = tonumber(found[3]), tonumber(found[5])
 if not revision or not records or not previous_change then
