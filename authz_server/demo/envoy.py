@@ -32,7 +32,13 @@ class Envoy:
     """
 
     def __init__(
-        self, config: Message | bytes, *, name: str = "envoy", binary: Path | None = None, drain_seconds: int = 1
+        self,
+        config: Message | bytes,
+        *,
+        name: str = "envoy",
+        binary: Path | None = None,
+        drain_seconds: int = 1,
+        drain_strategy: str = "gradual",
     ) -> None:
         """Describe an Envoy; nothing runs until `start`.
 
@@ -40,7 +46,8 @@ class Envoy:
             config: the bootstrap, as JSON data or as a serialized protobuf message.
             name: for people, in errors.
             binary: of another version; None: the one that `envoy_binary` finds.
-            drain_seconds: over how long a drain that was asked for ends connections.
+            drain_seconds: how long a drain that was asked for takes, until the listeners are closed.
+            drain_strategy: `gradual`, or `immediate`: clients are told of a drain from its first moment on.
         """
         self._binary = binary or envoy_binary()
         # The access log is on disk within the interval and not after ten seconds; and at each entry, where the flag for
@@ -48,7 +55,7 @@ class Envoy:
         self._flush = ["--file-flush-interval-msec", "20"]
         if binary is None:
             self._flush += ["--file-flush-min-size-kb", "0"]
-        self._drain_seconds = drain_seconds
+        self._drain = ["--drain-time-s", str(drain_seconds), "--drain-strategy", drain_strategy]
         self._directory = tempfile.TemporaryDirectory(prefix="authz-envoy-")
         directory = Path(self._directory.name)
         if isinstance(config, bytes):
@@ -78,8 +85,7 @@ class Envoy:
             "--log-level",
             "warning",
             *self._flush,
-            "--drain-time-s",
-            str(self._drain_seconds),
+            *self._drain,
         ]
 
     @property

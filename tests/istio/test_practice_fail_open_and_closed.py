@@ -90,11 +90,13 @@ def test_a_request_goes_without_a_decision_or_not_at_all(gateway: Envoy, choice:
 
 
 def test_an_exempted_path_does_not_wait_for_the_server(gateway: Envoy, choice: str, pods: Pods) -> None:
-    before = time.monotonic()
-    assert ask(gateway.address, "/healthz", host=SITE, headers=FORGED).status == 200
-    assert time.monotonic() - before < 0.4
-    (arrival,) = pods.upstreams.arrivals()
-    assert arrival.header("x-tenant-instance") is None
+    seconds = []
+    for _ in range(3):
+        before = time.monotonic()
+        assert ask(gateway.address, "/healthz", host=SITE, headers=FORGED).status == 200
+        seconds.append(time.monotonic() - before)
+    assert min(seconds) < 0.4  # a check that nobody answers takes the timeout, 0.5 s
+    assert [arrival.header("x-tenant-instance") for arrival in pods.upstreams.arrivals()] == [None] * 3
 
 
 @pytest.fixture(scope="module")

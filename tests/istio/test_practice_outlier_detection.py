@@ -51,7 +51,7 @@ def answer(envoy: Envoy, host: str = WEB) -> tuple[int, str | None]:
 
 def ejected(envoy: Envoy, host: str = WEB) -> int:
     """How many pods are away now."""
-    name = f"cluster.outbound|80||{host}.outlier_detection.ejections_active"
+    name = f"cluster.outbound|80||{host};.outlier_detection.ejections_active"
     return envoy.stats(name)[name]
 
 

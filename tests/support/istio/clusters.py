@@ -133,6 +133,7 @@ def _cluster(service: Service, subset: str, policy: Mapping[str, Any], folder: P
     name = cluster_name(service.host, service.port, subset)
     made = cluster.Cluster(
         name=name,
+        alt_stat_name=f"{name};",  # util.go, DelimitedStatsPrefix
         # buildCluster, maybeApplyEdsConfig. A file in place of the control plane's stream.
         type=cluster.ClusterDiscoveryType.EDS,
         eds_cluster_config=cluster.ClusterEdsClusterConfig(

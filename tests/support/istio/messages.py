@@ -21,6 +21,7 @@ with warnings.catch_warnings():
     from envoy_data_plane.envoy.config.core import v3 as core
     from envoy_data_plane.envoy.config.endpoint import v3 as endpoint
     from envoy_data_plane.envoy.config.listener import v3 as listener
+    from envoy_data_plane.envoy.config.metrics import v3 as metrics
     from envoy_data_plane.envoy.config.rbac import v3 as rbac
     from envoy_data_plane.envoy.config.route import v3 as route
     from envoy_data_plane.envoy.extensions.access_loggers.file import v3 as file_log
@@ -44,7 +45,7 @@ with warnings.catch_warnings():
 
 __all__ = [
     "accesslog", "bootstrap", "cluster", "core", "cors", "discovery", "endpoint", "envoy_type", "ext_authz", "fault",
-    "file_log", "grpc_stats", "hcm", "header_session", "listener", "matcher", "previous_hosts", "protobuf",
+    "file_log", "grpc_stats", "hcm", "header_session", "listener", "matcher", "metrics", "previous_hosts", "protobuf",
     "proxy_protocol", "rbac", "rbac_filter", "route", "router", "stateful_session", "upstream_http",
 ]  # fmt: skip
 

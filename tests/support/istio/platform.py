@@ -9,7 +9,7 @@ from authz_server.demo.envoy import Envoy
 from authz_server.demo.upstreams import Upstreams
 from support.envoys import binary_of
 from support.gateway import AuthzServer
-from support.istio.clusters import Pod, Service
+from support.istio.clusters import Locality, Pod, Service
 from support.istio.manifests import Composition
 from support.istio.proxies import Gateway, Sidecar
 from support.waiting import wait_until
@@ -65,21 +65,31 @@ class Launcher:
     folder: Callable[[], Path]
     stack: ExitStack
 
-    def gateway(self, composition: Composition, *services: Service, listen: str = "127.0.0.1") -> Envoy:
+    def gateway(self, composition: Composition, *services: Service, istio_stats: bool = False) -> Envoy:
         """A gateway, whose endpoints are those of the services."""
-        return self._envoy(Gateway(composition, services, self.folder(), listen).bootstrap())
+        return self._envoy(Gateway(composition, services, self.folder(), istio_stats=istio_stats).bootstrap())
 
     def sidecar(self, composition: Composition, *services: Service) -> Envoy:
         """A sidecar of a workload that calls the services."""
         return self._envoy(Sidecar(composition, services, self.folder()).bootstrap())
 
-    def changing(self, kind: type[Gateway] | type[Sidecar], composition: Composition, *services: Service) -> "Changing":
-        """A proxy whose services' pods will change."""
-        proxy = kind(composition, services, self.folder())
+    def changing(
+        self,
+        kind: type[Gateway] | type[Sidecar],
+        composition: Composition,
+        *services: Service,
+        locality: Locality = ("", "", ""),
+    ) -> "Changing":
+        """A proxy whose services' pods will change; `locality` is its own."""
+        proxy = kind(composition, services, self.folder(), locality=locality)
         return Changing(proxy, self._envoy(proxy.bootstrap()))
 
     def _envoy(self, bootstrap: bytes) -> Envoy:
-        return self.stack.enter_context(Envoy(bootstrap, name=f"envoy-{self.version}", binary=binary_of(self.version)))
+        # pilot-agent starts Envoy so: clients are told of a drain at once (`pkg/envoy/proxy.go`, args).
+        envoy = Envoy(
+            bootstrap, name=f"envoy-{self.version}", binary=binary_of(self.version), drain_strategy="immediate"
+        )
+        return self.stack.enter_context(envoy)
 
 
 @dataclass(slots=True)

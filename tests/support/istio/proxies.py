@@ -25,6 +25,8 @@ from support.istio.messages import (
     grpc_stats,
     hcm,
     listener,
+    matcher,
+    metrics,
     protobuf,
     proxy_protocol,
     route,
@@ -52,6 +54,8 @@ class _Proxy:
     """The address to listen on; the port is the system's choice."""
     locality: Locality = ("", "", "")
     """Region, zone and sub-zone of the proxy."""
+    istio_stats: bool = False
+    """Create the statistics that Istio creates and no others, with Istio's names; tests that count use others."""
 
     def write_pods(self, services: Iterable[Service] | None = None) -> None:
         """Write which pods the services have now (None: those of the beginning); Envoy takes it up."""
@@ -80,6 +84,7 @@ class _Proxy:
                 # Envoy asks for a name where endpoints come from anywhere but the bootstrap.
                 node=core.Node(id="proxy", cluster="proxy"),
                 admin=bootstrap.Admin(address=socket_address(("127.0.0.1", 0))),
+                stats_config=_stats_config(self.composition) if self.istio_stats else None,
                 static_resources=bootstrap.BootstrapStaticResources(listeners=[found], clusters=made),
             )
         )
@@ -169,7 +174,7 @@ def _connection_manager(
     if composition.istiod.get("PILOT_ENABLE_PERSISTENT_SESSION_FILTER") == "true":  # `filters.go`, EmptySessionFilter
         made.append(_filter(SESSION_FILTER, stateful_session.StatefulSession()))
     return hcm.HttpConnectionManager(
-        stat_prefix=f"outbound_0.0.0.0_{port}",
+        stat_prefix=f"outbound_0.0.0.0_{port};",  # util.go, DelimitedStatsPrefix
         codec_type=hcm.HttpConnectionManagerCodecType.AUTO,
         use_remote_address=False,
         normalize_path=normalization != "NONE",
@@ -204,6 +209,50 @@ def _access_logs(composition: Composition, telemetries: Iterable[Resource]) -> l
                 log = file_log.FileAccessLog(path=ACCESS_LOG, log_format=log_format)
                 logs.append(accesslog.AccessLog(name="envoy.access_loggers.file", typed_config=any_of(log)))
     return logs
+
+
+def _stats_config(composition: Composition) -> metrics.StatsConfig:
+    """`pkg/bootstrap/config.go`, getStatsOptions; `tools/packaging/common/envoy_bootstrap.json`, stats_config."""
+    wanted = composition.mesh.get("defaultConfig", {}).get("proxyStatsMatcher", {})
+    only(wanted, "inclusionRegexps")
+    prefixes = ["cluster_manager", "listener_manager", "server", "cluster.xds-grpc", "wasm", "reporter=", "istio"]
+    suffixes = ["rbac.allowed", "rbac.denied", "shadow_allowed", "shadow_denied"]
+    if exits_on_zero_active_connections(composition):
+        suffixes.append("downstream_cx_active")
+    return metrics.StatsConfig(
+        use_all_default_tags=False,
+        stats_tags=[
+            metrics.TagSpecifier(tag_name="cluster_name", regex=r"^cluster(\.(.+);)"),
+            metrics.TagSpecifier(
+                tag_name="http_conn_manager_prefix",
+                regex=r"^http\.(((?:[_.[:digit:]\w]*|[_\[\]aAbBcCdDeEfF[:digit:]\w\:]*));\.)",
+            ),
+        ],
+        stats_matcher=metrics.StatsMatcher(
+            inclusion_list=matcher.ListStringMatcher(
+                patterns=[
+                    *(matcher.StringMatcher(prefix=prefix) for prefix in prefixes),
+                    *(matcher.StringMatcher(suffix=suffix) for suffix in suffixes),
+                    *(
+                        matcher.StringMatcher(safe_regex=matcher.RegexMatcher(regex=regex))
+                        for regex in (r"vhost\..*\.route\..*", *wanted.get("inclusionRegexps", []))
+                    ),
+                ]
+            )
+        ),
+    )
+
+
+def gateway_environment(composition: Composition) -> dict[str, str]:
+    """The environment of the gateway's proxy, from its Deployment."""
+    pod = composition.one("Deployment", "istio-ingress").spec["template"]["spec"]
+    (container,) = pod["containers"]
+    return {variable["name"]: variable["value"] for variable in container.get("env", [])}
+
+
+def exits_on_zero_active_connections(composition: Composition) -> bool:
+    """Whether pilot-agent waits for the last connection."""
+    return gateway_environment(composition).get("EXIT_ON_ZERO_ACTIVE_CONNECTIONS") == "true"
 
 
 def _filter(name: str, config: Any) -> hcm.HttpFilter:
