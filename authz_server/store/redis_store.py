@@ -21,7 +21,7 @@ import json
 import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import resources
 from itertools import islice
@@ -29,12 +29,14 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from redis import exceptions
-from redis.asyncio import Redis
-from redis.asyncio.client import Pipeline
+from redis.asyncio import Redis, RedisCluster
+from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import EqualJitterBackoff, NoBackoff
 
 from authz_server.policy.records import Record, RecordKey, Unreadable
+from authz_server.store.address import RedisAddress
 from authz_server.store.interface import (
     MAX_WRITES_PER_CHANGE,
     AlreadyInitialisedError,
@@ -91,6 +93,7 @@ from authz_server.store.keys import (
 )
 
 T = TypeVar("T")
+Client = Redis | RedisCluster
 
 FORMAT = "1"
 """Of keys and texts; a version that changes either in a way that older ones would misread counts it up."""
@@ -112,6 +115,15 @@ _STAGED_SECONDS = 60 * 60
 """What a writer prepared and never switched to goes by itself."""
 _INIT_DIGEST = "init"
 _WAITAOF_SINCE = (7, 2)
+_NOT_NOW = (
+    exceptions.ClusterDownError,
+    exceptions.MovedError,
+    exceptions.AskError,
+    exceptions.TryAgainError,
+    exceptions.SlotNotCoveredError,
+    exceptions.ReadOnlyError,
+)
+"""What servers answer while another one takes over."""
 _META_FIELDS = ("format", "epoch", "revision", "last_change", "records")
 
 
@@ -151,17 +163,22 @@ class RedisStore:
     """Policy at rest in one Redis or Valkey; see `interface.Store`.
 
     Args:
-        url: `redis://[user:password@]host:port/db`, `rediss://...` for TLS, or `unix://...`, as redis-py reads them.
+        where: an address, or the URL of one server as redis-py reads it (`redis://[user:password@]host:port/db`).
         prefix: what all keys begin with; two policies can share a server under two prefixes.
         client_name: what CLIENT LIST shows.
         max_events: about how many events the change stream keeps; a follower that is further behind loads in full.
 
     Raises:
-        ValueError: the URL or the prefix cannot be read.
+        ValueError: the address or the prefix cannot be read.
     """
 
     def __init__(
-        self, url: str, *, prefix: str = "authz", client_name: str = "authz-server", max_events: int = 100_000
+        self,
+        where: str | RedisAddress,
+        *,
+        prefix: str = "authz",
+        client_name: str = "authz-server",
+        max_events: int = 100_000,
     ) -> None:
         if not prefix or any(sign in prefix for sign in "{} \t\r\n"):
             raise ValueError(f"{prefix!r} is not a prefix for keys: use letters, digits, '-', '_', ':'")
@@ -169,10 +186,12 @@ class RedisStore:
         self._max_events = max_events
         # People want a write to survive a hiccup. A follower must notice at once, and comes back anyway.
         patient = Retry(EqualJitterBackoff(cap=0.5, base=0.05), _RETRIES)
-        self._client = _connect(url, client_name, patient)
-        self._follower = _connect(url, client_name, Retry(NoBackoff(), 0))
-        self._where = _where(self._client)
-        self._reply_seconds: float = self._follower.connection_pool.connection_kwargs["socket_timeout"]
+        self._address = where if isinstance(where, RedisAddress) else RedisAddress(where)
+        self._client_name = client_name
+        self._client = _connect(self._address, client_name, patient)
+        self._follower = _connect(self._address, client_name, Retry(NoBackoff(), 0))
+        self._where = str(self._address)
+        self._reply_seconds = _reply_seconds(self._follower)
         scripts = resources.files("authz_server.store") / "scripts"
         self._apply = self._client.register_script((scripts / "apply.lua").read_text("utf-8"))
         self._init = self._client.register_script((scripts / "init.lua").read_text("utf-8"))
@@ -362,7 +381,7 @@ class RedisStore:
         key = self._key(name)
         with self._errors():
             async with self._client.pipeline(transaction=True) as pipe:
-                pipe.unlink(key)
+                pipe.execute_command("UNLINK", key)  # redis-py has no `unlink` in a pipeline to a cluster
                 pipe.hset(key, "", "")
                 pipe.expire(key, _STAGED_SECONDS)
                 await pipe.execute()
@@ -472,6 +491,8 @@ class RedisStore:
 
     async def verify(self, cursor: int) -> VerifiedCounts:
         """See `Store.verify`."""
+        with self._errors():
+            await self._look_for_the_primary()
         before, (page,) = await self._look(
             self._follower, lambda pipe: pipe.hscan(self._key("counts"), cursor, count=_SCAN_COUNT)
         )
@@ -480,7 +501,7 @@ class RedisStore:
             lines = dict.fromkeys(NAMED_COLLECTIONS.values()) | lines
         names = list(lines)
 
-        def lengths(pipe: "Pipeline") -> None:
+        def lengths(pipe: Any) -> None:
             for name in names:
                 pipe.hlen(self._key(name))
 
@@ -503,6 +524,14 @@ class RedisStore:
         if complete and sum(counts.values()) != after.records:
             raise self._inconsistent(f"the counts: {sum(counts.values())} records in all instead of {after.records}")
         return VerifiedCounts(after.position, counts if before.position == after.position else {}, following)
+
+    async def _look_for_the_primary(self) -> None:
+        """Ask the Sentinels whether we still talk to the primary.
+
+        One that was cut off from them goes on answering us, and would confirm what is no longer the newest.
+        """
+        if isinstance(self._follower, Redis) and isinstance(self._follower.connection_pool, SentinelConnectionPool):
+            await self._follower.connection_pool.get_master_address()  # type: ignore[no-untyped-call]
 
     async def examine(self) -> Examination:
         """See `Store.examine`."""
@@ -576,10 +605,11 @@ class RedisStore:
         """Return the collections that are there, whether or not anything counts them."""
         found = set()
         with self._errors():
-            async for key in self._client.scan_iter(match=self._key("*"), count=_SCAN_COUNT):
-                name = key.removeprefix(self._key(""))
-                if is_collection(name):
-                    found.add(name)
+            async with self._primary() as connection:
+                async for key in connection.scan_iter(match=self._key("*"), count=_SCAN_COUNT):
+                    name = key.removeprefix(self._key(""))
+                    if is_collection(name):
+                        found.add(name)
         return found
 
     async def _examine_collection(self, name: str) -> tuple[tuple[int, int], list[str]]:
@@ -617,10 +647,10 @@ class RedisStore:
     async def durability(self) -> Durability:
         """See `Store.durability`."""
         with self._errors():
-            client = await self._primary()
             info: dict[str, Any] = {}
-            for section in ("server", "replication", "persistence"):
-                info |= await client.info(section)
+            async with self._primary() as connection:
+                for section in ("server", "replication", "persistence"):
+                    info |= await connection.info(section)
         replicas = sum(
             isinstance(value, dict) and value.get("state") == "online"
             for name, value in info.items()
@@ -648,8 +678,7 @@ class RedisStore:
         key = self._key(f"change:{result.position.change_id}")
         milliseconds = max(1, int(seconds * 1000))
         with self._errors():
-            client = await self._primary()
-            async with client.client() as connection:
+            async with self._primary() as connection:
                 known = await connection.expire(key, _RESULT_SECONDS)
                 copies: int = await connection.wait(durability.replicas, milliseconds)
                 local = 1
@@ -747,23 +776,29 @@ class RedisStore:
         """See `Store.report`. No script: a server needs no more than the right to HGET and HSET this one key."""
         key = self._key(REPLICAS)
         with self._errors():
-            async with self._client.pipeline(transaction=False) as pipe:
-                pipe.time()
-                pipe.hget(key, report.replica)
-                now, before = await pipe.execute()
+            now = await self._time()
+            before: Any = await self._client.hget(key, report.replica)
             if before is not None and not take_over and not reported_by(report, before):
                 return False
-            await self._client.hset(key, report.replica, encode_report(report, _seconds(now)))
+            await self._client.hset(key, report.replica, encode_report(report, now))
         return True
 
     async def replicas(self) -> list[Replica]:
         """See `Store.replicas`."""
         with self._errors():
-            async with self._client.pipeline(transaction=False) as pipe:
-                pipe.hgetall(self._key(REPLICAS))
-                pipe.time()
-                texts, now = await pipe.execute()
-        return [decode_report(name, texts[name], _seconds(now)) for name in sorted(texts)]
+            texts: Any = await self._client.hgetall(self._key(REPLICAS))
+            now = await self._time()
+        return [decode_report(name, texts[name], now) for name in sorted(texts)]
+
+    async def _time(self) -> float:
+        """Return the clock of the server that holds our keys, in seconds since the Unix epoch."""
+        if isinstance(self._client, RedisCluster):
+            await self._client.initialize()
+            node = self._client.get_node_from_key(self._key("meta"))
+            reply: Any = await self._client.execute_command("TIME", target_nodes=node)
+        else:
+            reply = await self._client.time()
+        return int(reply[0]) + int(reply[1]) / 1e6
 
     async def forget(self, replica: str) -> bool:
         """See `Store.forget`."""
@@ -772,14 +807,27 @@ class RedisStore:
 
     async def close(self) -> None:
         """See `Store.close`."""
-        await self._client.aclose()
-        await self._follower.aclose()
+        for client in (self._client, self._follower):
+            await client.aclose()
+            if isinstance(client, Redis) and isinstance(client.connection_pool, SentinelConnectionPool):
+                await client.connection_pool.sentinel_manager.aclose()
 
-    async def _primary(self) -> "Redis":
-        """Return a client whose connections lead to the server that takes the writes."""
-        return self._client
+    @asynccontextmanager
+    async def _primary(self) -> AsyncIterator["Redis"]:
+        """Open a connection to the server that takes our writes, for what is asked of a server and not of keys."""
+        if not isinstance(self._client, RedisCluster):
+            async with self._client.client() as connection:
+                yield connection
+            return
+        await self._client.initialize()
+        node = self._client.get_node_from_key(self._key("meta"))
+        if node is None:
+            raise exceptions.ConnectionError("no node of the cluster holds the policy's keys")
+        options = _options(self._address, self._client_name, Retry(NoBackoff(), 0))
+        async with Redis(host=node.host, port=int(node.port), single_connection_client=True, **options) as connection:
+            yield connection
 
-    async def _look(self, client: "Redis", *more: Callable[["Pipeline"], object]) -> tuple[_Standing, list[Any]]:
+    async def _look(self, client: "Client", *more: Callable[[Any], object]) -> tuple[_Standing, list[Any]]:
         """Read the meta key, then the replies of `more`, which may already know of a later change.
 
         No MULTI: Redis 7.0 refuses even reads in it while its memory is full. What must be there with the meta key
@@ -864,31 +912,38 @@ class RedisStore:
         """Say in the interface's errors what redis-py says in its own."""
         try:
             yield
+        except _NOT_NOW as error:
+            raise StoreUnavailableError(f"{self._where} cannot be used now: {error}") from error
         except (exceptions.AuthenticationError, exceptions.AuthorizationError, exceptions.ResponseError) as error:
             raise StoreRefusedError(f"{self._where} refused: {error}") from error
         except (exceptions.ConnectionError, exceptions.TimeoutError) as error:
             raise StoreUnavailableError(f"{self._where} cannot be reached: {error}") from error
-        except exceptions.RedisError as error:
+        except (exceptions.RedisError, exceptions.RedisClusterException) as error:
             raise StoreError(f"{self._where}: {error!r}") from error
 
 
-def _connect(url: str, client_name: str, retry: Retry) -> "Redis":
+def _connect(address: RedisAddress, client_name: str, retry: Retry) -> "Client":
+    """Return a client that has not connected yet; ValueError when the address cannot be used."""
+    options = _options(address, client_name, retry)
+    if address.cluster:
+        nodes = [ClusterNode(host, port) for host, port in address.cluster]
+        return RedisCluster(startup_nodes=nodes, **options)
+    if address.sentinels:
+        credentials = {"username": address.sentinel_username or None, "password": address.sentinel_password or None}
+        sentinel = Sentinel(  # type: ignore[no-untyped-call]
+            address.sentinels, sentinel_kwargs=options | credentials
+        )
+        client: Redis = sentinel.master_for(address.primary, db=address.database, **options)
+        return client
+    return _connect_url(address, options)
+
+
+def _connect_url(address: RedisAddress, options: dict[str, Any]) -> "Redis":
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(address.url)
         if parts.scheme in ("redis", "rediss") and not re.fullmatch(r"(/[0-9]*)?", parts.path):
             raise ValueError("redis-py would ignore it, and the password may have a '/'")  # noqa: TRY301
-        client: Redis = Redis.from_url(
-            url,
-            protocol=2,
-            decode_responses=True,
-            # Texts that somebody wrote by hand need not be UTF-8: they arrive as records that cannot be read.
-            encoding_errors="surrogateescape",
-            socket_connect_timeout=_CONNECT_SECONDS,
-            socket_timeout=_REPLY_SECONDS,
-            health_check_interval=_HEALTH_CHECK_SECONDS,
-            client_name=client_name,
-            retry=retry,
-        )
+        client: Redis = Redis.from_url(address.url, **options)
         # Connects to nothing, but refuses unknown options now and not at the first command.
         client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
     except (ValueError, TypeError, exceptions.RedisError):
@@ -900,12 +955,38 @@ def _connect(url: str, client_name: str, retry: Retry) -> "Redis":
     return client
 
 
-def _where(client: "Redis") -> str:
-    """Return which server it is, without the user and the password."""
-    options = client.connection_pool.connection_kwargs
-    if "path" in options:
-        return f"Redis at {options['path']}"
-    return f"Redis at {options.get('host', 'localhost')}:{options.get('port', 6379)}"
+def _options(address: RedisAddress, client_name: str, retry: Retry) -> dict[str, Any]:
+    """Return what every connection is made with."""
+    options: dict[str, Any] = {
+        "protocol": 2,
+        "decode_responses": True,
+        # Texts that somebody wrote by hand need not be UTF-8: they arrive as records that cannot be read.
+        "encoding_errors": "surrogateescape",
+        "socket_connect_timeout": _CONNECT_SECONDS,
+        "socket_timeout": _REPLY_SECONDS,
+        "health_check_interval": _HEALTH_CHECK_SECONDS,
+        "client_name": client_name,
+        "retry": retry,
+    }
+    if not address.url:
+        options |= {"username": address.username or None, "password": address.password or None}
+        options["ssl"] = address.tls is not None
+    if address.tls is not None:
+        files = {
+            "ssl_ca_certs": address.tls.ca,
+            "ssl_certfile": address.tls.certificate,
+            "ssl_keyfile": address.tls.key,
+        }
+        options |= {name: str(path) for name, path in files.items() if path is not None}
+    return options
+
+
+def _reply_seconds(client: "Client") -> float:
+    """Return how long the client waits for a reply; a URL may say so itself."""
+    if isinstance(client, RedisCluster):
+        return _REPLY_SECONDS
+    seconds: float = client.connection_pool.connection_kwargs["socket_timeout"]
+    return seconds
 
 
 def _new_text(key: RecordKey, record: Record | None) -> str | None:
@@ -923,11 +1004,6 @@ def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(items)
     while part := list(islice(iterator, size)):
         yield part
-
-
-def _seconds(time: tuple[int, int]) -> float:
-    """Return the reply of TIME (seconds and microseconds) as seconds."""
-    return time[0] + time[1] / 1e6
 
 
 def _event(entry_id: str, fields: Mapping[str, str]) -> Event:

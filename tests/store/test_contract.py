@@ -1,21 +1,23 @@
-"""What every store does. Each test runs on the memory store and on a real Valkey."""
+"""What every store does. Each test runs in memory and on real servers: alone, behind Sentinels, as a cluster."""
 
 import asyncio
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from typing import Any, Protocol
 
 import pytest
 from redis.asyncio import Redis
 from support.policies import ACME, OFFICE, Q1, Writer, by_key, network_entry, network_key
+from support.redis_shapes import Cluster, Watched, debian_redis
 
 from authz_server.demo.valkey import Valkey
 from authz_server.policy.access import NamedList
 from authz_server.policy.affinity import Instance, Tenant
 from authz_server.policy.records import Record, RecordKey, RecordKind, Unreadable
+from authz_server.store.address import RedisAddress
 from authz_server.store.interface import (
     MAX_WRITES_PER_CHANGE,
     AlreadyInitialisedError,
@@ -98,16 +100,53 @@ class RedisBackdoor:
         await self._client.hset(key, replica, re.sub(old, new, await self._client.hget(key, replica)))
 
 
-@pytest.fixture(params=["memory", pytest.param("redis", marks=pytest.mark.integration)])
+@pytest.fixture(scope="session")
+def watched() -> Iterator[Watched]:
+    with Watched() as servers:
+        yield servers
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    with Cluster() as nodes:
+        yield nodes
+
+
+@pytest.fixture(scope="session")
+def redis_7() -> Iterator[Valkey]:
+    binary = debian_redis()
+    if binary is None:
+        pytest.skip("Debian's redis-server is not installed")
+    with Valkey(binary=binary) as server:
+        yield server
+
+
+def shape(name: str) -> Any:
+    return pytest.param(name, marks=pytest.mark.integration)
+
+
+@pytest.fixture(params=["memory", shape("valkey"), shape("sentinel"), shape("cluster"), shape("redis_7")])
 async def stores(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Store, Backdoor]]:
-    if request.param == "memory":
-        memory = MemoryStore()
-        yield memory, MemoryBackdoor(memory)
-        return
-    valkey: Valkey = request.getfixturevalue("valkey")
+    client: Any
     prefix = f"test-{secrets.token_hex(4)}"
-    redis_store = RedisStore(valkey.url, prefix=prefix)
-    client: Any = Redis.from_url(valkey.url, decode_responses=True)
+    match request.param:
+        case "memory":
+            memory = MemoryStore()
+            yield memory, MemoryBackdoor(memory)
+            return
+        case "sentinel":
+            servers: Watched = request.getfixturevalue("watched")
+            address = servers.address
+            client = Redis(port=servers.primary().port, decode_responses=True)
+        case "cluster":
+            nodes: Cluster = request.getfixturevalue("cluster")
+            address = nodes.address
+            client = Redis(port=nodes.primary(f"{{{prefix}}}:meta").port, decode_responses=True)
+        case name:
+            valkey: Valkey = request.getfixturevalue(name)
+            address = RedisAddress(valkey.url)
+            client = Redis.from_url(valkey.url, decode_responses=True)
+    redis_store = RedisStore(address, prefix=prefix)
     try:
         yield redis_store, RedisBackdoor(client, f"{{{prefix}}}")
     finally:

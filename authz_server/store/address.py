@@ -1,0 +1,67 @@
+"""Where the store is: one server, servers that Sentinels watch, or a cluster. Pure; holds secrets, shows none."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+HostPort = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class RedisTls:
+    """How the servers prove who they are, and we to them. Host names are always checked."""
+
+    ca: Path | None = None
+    """PEM file of the CAs to trust; None: the system's."""
+    certificate: Path | None = None
+    """PEM file of our own certificate, with its chain."""
+    key: Path | None = None
+    """PEM file of its key."""
+
+
+@dataclass(frozen=True, slots=True)
+class RedisAddress:
+    """Where the store is. Exactly one of `url`, `sentinels` and `cluster` is given.
+
+    Raises:
+        ValueError: none or several of them are.
+    """
+
+    url: str = field(default="", repr=False)
+    """Of one server: `redis://[user:password@]host:port/db`, `rediss://...` for TLS, or `unix://...`."""
+    sentinels: tuple[HostPort, ...] = ()
+    """Of the Sentinels; they say which server is the primary."""
+    primary: str = ""
+    """What the Sentinels call it."""
+    cluster: tuple[HostPort, ...] = ()
+    """Of some nodes of the cluster; they name the others."""
+    database: int = 0
+    """With Sentinels; a URL names its own, and a cluster has only 0."""
+    username: str = ""
+    """With Sentinels or a cluster; a URL has its own."""
+    password: str = field(default="", repr=False)
+    sentinel_username: str = ""
+    """Of the Sentinels themselves, which have users of their own."""
+    sentinel_password: str = field(default="", repr=False)
+    tls: RedisTls | None = None
+    """None: without TLS, unless the URL says `rediss://`."""
+
+    def __post_init__(self) -> None:
+        if sum(map(bool, (self.url, self.sentinels, self.cluster))) != 1:
+            raise ValueError("give a URL, Sentinels or the nodes of a cluster")
+        if self.sentinels and not self.primary:
+            raise ValueError("Sentinels need the name of the primary that they watch")
+
+    def __str__(self) -> str:
+        if self.sentinels:
+            return f"Redis primary {self.primary!r} of the Sentinels at {_joined(self.sentinels)}"
+        if self.cluster:
+            return f"Redis Cluster at {_joined(self.cluster)}"
+        parts = urlsplit(self.url)
+        if parts.scheme == "unix":
+            return f"Redis at {parts.path}"
+        return f"Redis at {parts.hostname or 'localhost'}:{parts.port or 6379}"
+
+
+def _joined(addresses: tuple[HostPort, ...]) -> str:
+    return ", ".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in addresses)
