@@ -137,7 +137,7 @@ class ChildLoader:
     """Loads by child processes.
 
     Args:
-        store_arguments: what RedisStore is made with, as JSON values.
+        store_arguments: `where` the store is (`RedisAddress.as_json`), and the `prefix` of its keys.
         options: the operator's settings that go into every snapshot.
         origin: names the store in files, without secrets.
         path: of the snapshot file; None: there is none.

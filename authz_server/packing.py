@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from authz_server.policy.snapshot import DecisionOptions, Snapshot, SnapshotDraft, build_snapshot
 from authz_server.snapshot_file import Stamp, apply_change_row, open_packed, pack, remove_drafts, save_file, write_all
+from authz_server.store.address import RedisAddress
 from authz_server.store.interface import LoadedPolicy, Position, StoreError
 from authz_server.store.redis_store import RedisStore
 
@@ -52,7 +53,7 @@ def _load(order: dict[str, Any], orders: BinaryIO) -> tuple[Snapshot, Stamp, tup
     threading.Thread(target=_leave_with, args=(orders,), daemon=True).start()
 
     async def load() -> LoadedPolicy:
-        store = RedisStore(**order["store"])
+        store = RedisStore(RedisAddress.from_json(order["store"]["where"]), prefix=order["store"]["prefix"])
         try:
             return await store.load()
         finally:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -36,7 +36,7 @@ from authz_server.metrics import Metrics, StateCollector
 from authz_server.policy.snapshot import Snapshot
 from authz_server.refresher import LostChanges, Refresher, RefresherStatus
 from authz_server.replicas import Reporter
-from authz_server.settings import Settings, hide_password, parse_listen
+from authz_server.settings import Settings, parse_listen
 from authz_server.store.interface import Event, Store
 from authz_server.store.redis_store import RedisStore
 
@@ -189,7 +189,7 @@ async def _serve(settings: Settings, stopping: asyncio.Event, stack: AsyncExitSt
         transport=transport_name.value,
         transport_because=why,
         admin=_host_port(admin_host, listening.getsockname()[1]),
-        redis=hide_password(settings.redis_url.get_secret_value()),
+        redis=str(settings.store_address()),
     )
     health.subscribe(lambda ready: _log.info("ready") if ready else _log.warning("not ready", why=_missing(health)))
     health.set(ComponentName.SERVING, ready=True, detail="accepts checks")
@@ -465,16 +465,16 @@ def _log_options(settings: Settings) -> LogOptions:
 
 
 def _store_and_loader(settings: Settings, file_watch: FileWatch) -> tuple[RedisStore, ChildLoader]:
-    arguments: dict[str, Any] = {"url": settings.store_url(), "prefix": settings.redis_prefix}
+    address = settings.store_address()
     loader = ChildLoader(
-        arguments,
+        {"where": address.as_json(), "prefix": settings.redis_prefix},
         settings.decision_options(),
         origin=settings.store_origin(),
         path=settings.snapshot_file,
         max_age_seconds=settings.snapshot_file_max_age_seconds,
         on_file=file_watch,
     )
-    return RedisStore(**arguments), loader
+    return RedisStore(address, prefix=settings.redis_prefix), loader
 
 
 def _response_options(settings: Settings) -> ResponseOptions:

@@ -38,6 +38,7 @@ from authz_server.policy.addresses import Network, parse_network
 from authz_server.policy.reasons import Reason
 from authz_server.policy.snapshot import DecisionOptions, MissingClientAddress, MissingTenant, UnknownTenant
 from authz_server.policy.tenant import SourceKind, TenantSource, parse_tenant_source
+from authz_server.store.address import RedisAddress, RedisTls
 
 ENV_PREFIX = "AUTHZ_"
 CONFIG_VARIABLE = "AUTHZ_CONFIG"
@@ -81,6 +82,12 @@ _SERVICE_LINK = re.compile(
     re.ASCII | re.DOTALL,
 )
 """What Kubernetes puts into every container for a Service called `authz` or `authz-...` (enableServiceLinks)."""
+
+
+_SECRETS = ("redis_url", "redis_password", "redis_sentinel_password")
+"""Settings whose values no message shows."""
+
+_DEFAULT_URL = SecretStr("redis://127.0.0.1:6379/0")
 
 
 class SettingsError(Exception):
@@ -172,6 +179,16 @@ def _otlp_endpoint(text: str) -> str:
     return text
 
 
+def _redis_node(text: str) -> str:
+    try:
+        _, port = parse_listen(text)
+    except ValueError:
+        port = 0
+    if not port:
+        raise ValueError(f"{text!r} is not a server: write host:port, such as valkey-0.valkey:26379")
+    return text
+
+
 def _readable(path: Path | None) -> Path | None:
     if path is not None:
         try:
@@ -243,6 +260,7 @@ HeaderName = Annotated[str, _parsed_by(_header_name)]
 DenyingReason = Annotated[Reason, _parsed_by(_denying_reason)]
 Source = Annotated[TenantSource, _parsed_by(parse_tenant_source)]
 Peer = Annotated[Network, _parsed_by(parse_network)]
+RedisNode = Annotated[str, _parsed_by(_redis_node)]
 ReadableFile = Annotated[Path | None, AfterValidator(_readable), BeforeValidator(_none_if_empty)]
 
 
@@ -274,7 +292,7 @@ class Settings(BaseSettings):
         "`auto`: native where it can be loaded",
     )
     redis_url: Annotated[SecretStr, AfterValidator(_redis_url)] = Field(
-        SecretStr("redis://127.0.0.1:6379/0"),
+        _DEFAULT_URL,
         description="The store: redis://, rediss:// (TLS) or unix://; a password in it is never shown",
     )
     redis_username: str = Field("", description="User of the store, if not in the URL")
@@ -282,8 +300,40 @@ class Settings(BaseSettings):
     redis_password_file: ReadableFile = Field(
         None, description="File that holds the password of the store, such as a mounted Secret"
     )
+    redis_sentinels: Annotated[tuple[RedisNode, ...], BeforeValidator(_comma_separated)] = Field(
+        (), description="Instead of redis_url: host:port of each Sentinel; they name the primary"
+    )
+    redis_sentinel_primary: str = Field(
+        "mymaster", min_length=1, description="What the Sentinels call the primary to use (their `sentinel monitor`)"
+    )
+    redis_sentinel_username: str = Field("", description="User of the Sentinels themselves, if they have users")
+    redis_sentinel_password: SecretStr = Field(SecretStr(""), description="Password of the Sentinels themselves")
+    redis_sentinel_password_file: ReadableFile = Field(None, description="File that holds it")
+    redis_cluster: Annotated[tuple[RedisNode, ...], BeforeValidator(_comma_separated)] = Field(
+        (), description="Instead of redis_url: host:port of some nodes of a Redis Cluster; they name the others"
+    )
+    redis_database: int = Field(
+        0, ge=0, le=16383, description="With redis_sentinels: the database's number (redis_url names its own)"
+    )
+    redis_tls: bool = Field(
+        False, description="With redis_sentinels or redis_cluster: connect by TLS (redis_url says rediss://)"
+    )
+    redis_tls_ca: ReadableFile = Field(
+        None, description="PEM file of the CAs that the store's certificates come from; empty: the system's"
+    )
+    redis_tls_certificate: ReadableFile = Field(
+        None, description="PEM file of the certificate to show to the store, if it asks for one"
+    )
+    redis_tls_key: ReadableFile = Field(None, description="PEM file of that certificate's key, not encrypted")
     redis_prefix: Annotated[str, _parsed_by(_redis_prefix)] = Field(
         "authz", description="Begins the names of all keys in the store"
+    )
+    history_events: int = Field(
+        100_000,
+        ge=1000,
+        le=10_000_000,
+        description="For authzctl: about how many changes the store keeps the history of; a server that was away for "
+        "more loads everything",
     )
     replica_name: Annotated[str, _parsed_by(_replica_name)] = Field(
         "",
@@ -424,13 +474,7 @@ class Settings(BaseSettings):
         if key is not None and certificate is None:
             raise ValueError("tls_key is set and needs tls_certificate")
         if key is not None and certificate is not None:
-            try:
-                # The password is for OpenSSL, which would otherwise ask the terminal for one.
-                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
-            except (ssl.SSLError, ValueError) as error:
-                raise ValueError(
-                    f"{str(key)!r} is not the key of {str(certificate)!r}, or one of them is not PEM"
-                ) from error
+            _check_pair(certificate, key)
         return key
 
     @field_validator("tls_client_ca")
@@ -440,10 +484,7 @@ class Settings(BaseSettings):
             return path
         if "tls_certificate" in info.data and info.data["tls_certificate"] is None:
             raise ValueError("tls_client_ca is set and needs tls_certificate and tls_key")
-        try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(path)
-        except ssl.SSLError as error:
-            raise ValueError(f"{str(path)!r} holds no PEM certificate") from error
+        _check_authorities(path)
         return path
 
     @field_validator("redis_username")
@@ -475,6 +516,62 @@ class Settings(BaseSettings):
             raise ValueError(f"{str(path)!r} is empty")
         return path
 
+    @field_validator("redis_sentinels", "redis_cluster")
+    @classmethod
+    def _one_place(cls, nodes: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if nodes and info.data.get("redis_url", _DEFAULT_URL) != _DEFAULT_URL:
+            raise ValueError("redis_url names a server too: write where the store is in one place")
+        if nodes and info.data.get("redis_sentinels"):
+            raise ValueError("redis_sentinels is set too: write where the store is in one place")
+        return nodes
+
+    @field_validator(
+        "redis_sentinel_username", "redis_sentinel_password", "redis_sentinel_password_file", "redis_database"
+    )
+    @classmethod
+    def _of_sentinels(cls, value: object, info: ValidationInfo) -> object:
+        if value and "redis_sentinels" in info.data and not info.data["redis_sentinels"]:
+            raise ValueError("it goes with redis_sentinels, which is not set")
+        if isinstance(value, Path) and info.data.get("redis_sentinel_password"):
+            raise ValueError("redis_sentinel_password is set too: write the password in one place")
+        if isinstance(value, Path) and not _read_secret(value):
+            raise ValueError(f"{str(value)!r} is empty")
+        if isinstance(value, SecretStr) and value.get_secret_value() == HIDDEN:
+            raise ValueError(f"{HIDDEN} is how print-config hides the password: put the password itself there")
+        return value
+
+    @field_validator("redis_tls")
+    @classmethod
+    def _tls_of_several(cls, wanted: bool, info: ValidationInfo) -> bool:
+        several = {"redis_sentinels", "redis_cluster"}
+        if wanted and several <= info.data.keys() and not any(info.data[name] for name in several):
+            raise ValueError("it goes with redis_sentinels or redis_cluster: write rediss:// in redis_url")
+        return wanted
+
+    @field_validator("redis_tls_ca", "redis_tls_certificate")
+    @classmethod
+    def _only_with_tls(cls, path: Path | None, info: ValidationInfo) -> Path | None:
+        if path is None:
+            return path
+        url: SecretStr | None = info.data.get("redis_url")
+        if url and not info.data.get("redis_tls", True) and urlsplit(url.get_secret_value()).scheme != "rediss":
+            raise ValueError("the store is reached without TLS: write rediss:// in redis_url, or set redis_tls")
+        if info.field_name == "redis_tls_ca":
+            _check_authorities(path)
+        return path
+
+    @field_validator("redis_tls_key")
+    @classmethod
+    def _key_fits_our_certificate(cls, key: Path | None, info: ValidationInfo) -> Path | None:
+        if "redis_tls_certificate" not in info.data:
+            return key
+        certificate: Path | None = info.data["redis_tls_certificate"]
+        if (key is None) is not (certificate is None):
+            raise ValueError("redis_tls_certificate and redis_tls_key go together")
+        if key is not None and certificate is not None:
+            _check_pair(certificate, key)
+        return key
+
     @field_validator("tenant_header")
     @classmethod
     def _two_headers(cls, value: str, info: ValidationInfo) -> str:
@@ -503,13 +600,39 @@ class Settings(BaseSettings):
             fold_path_case=self.fold_path_case,
         )
 
-    def store_url(self) -> str:
-        """Return the store's URL with user and password in it: a secret."""
-        url = urlsplit(self.redis_url.get_secret_value())
-        user = self.redis_username or unquote(url.username or "")
-        password = self.redis_password.get_secret_value() or unquote(url.password or "")
+    def store_address(self) -> RedisAddress:
+        """Return where the store is, with users and passwords."""
+        password = self.redis_password.get_secret_value()
         if self.redis_password_file:
             password = _read_secret(self.redis_password_file)
+        if not self.redis_sentinels and not self.redis_cluster:
+            return self.url_address(self._url_with(password))
+        sentinel_password = self.redis_sentinel_password.get_secret_value()
+        if self.redis_sentinel_password_file:
+            sentinel_password = _read_secret(self.redis_sentinel_password_file)
+        return RedisAddress(
+            sentinels=tuple(map(parse_listen, self.redis_sentinels)),
+            primary=self.redis_sentinel_primary if self.redis_sentinels else "",
+            cluster=tuple(map(parse_listen, self.redis_cluster)),
+            database=self.redis_database,
+            username=self.redis_username,
+            password=password,
+            sentinel_username=self.redis_sentinel_username,
+            sentinel_password=sentinel_password,
+            tls=self._redis_tls_files() if self.redis_tls else None,
+        )
+
+    def url_address(self, url: str) -> RedisAddress:
+        """Return the address of one server, with this URL's user and password and our TLS files."""
+        return RedisAddress(url, tls=self._redis_tls_files() if urlsplit(url).scheme == "rediss" else None)
+
+    def _redis_tls_files(self) -> RedisTls:
+        return RedisTls(self.redis_tls_ca, self.redis_tls_certificate, self.redis_tls_key)
+
+    def _url_with(self, password: str) -> str:
+        url = urlsplit(self.redis_url.get_secret_value())
+        user = self.redis_username or unquote(url.username or "")
+        password = password or unquote(url.password or "")
         if not user and not password:
             return url.geturl()
         where = url.netloc.rpartition("@")[2]
@@ -517,6 +640,8 @@ class Settings(BaseSettings):
 
     def store_origin(self) -> str:
         """Return what names the store and the policy in it, without user and password."""
+        if self.redis_sentinels or self.redis_cluster:
+            return f"{self.store_address()} {self.redis_prefix}"
         url = urlsplit(self.redis_url.get_secret_value())
         where = urlunsplit(url._replace(netloc=url.netloc.rpartition("@")[2], query="", fragment=""))
         return f"{where} {self.redis_prefix}"
@@ -528,7 +653,7 @@ class Settings(BaseSettings):
             value = getattr(self, name)
             if name == "redis_url":
                 value = hide_password(value.get_secret_value())
-            elif name == "redis_password":
+            elif isinstance(value, SecretStr):
                 value = HIDDEN if value else ""
             origin = self._written.get(name, "default").removesuffix(f": {name}")
             values[name] = (_as_written(value), origin)
@@ -537,6 +662,21 @@ class Settings(BaseSettings):
     def written_as(self, name: str) -> str:
         """Return what to call a setting in a message: where the operator wrote it, else its variable."""
         return self._written.get(name, ENV_PREFIX + name.upper())
+
+
+def _check_pair(certificate: Path, key: Path) -> None:
+    try:
+        # The password is for OpenSSL, which would otherwise ask the terminal for one.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+    except (ssl.SSLError, ValueError) as error:
+        raise ValueError(f"{str(key)!r} is not the key of {str(certificate)!r}, or one of them is not PEM") from error
+
+
+def _check_authorities(path: Path) -> None:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(path)
+    except ssl.SSLError as error:
+        raise ValueError(f"{str(path)!r} holds no PEM certificate") from error
 
 
 def hide_password(url: str) -> str:
@@ -637,7 +777,7 @@ def _problem(details: ErrorDetails, written: Mapping[str, str]) -> str:
         message = str(details["ctx"]["error"])
     else:
         message = details["msg"][0].lower() + details["msg"][1:]
-        if name not in ("redis_url", "redis_password"):
+        if name not in _SECRETS:
             message = f"{details['input']!r}: {message}"
     inner = ".".join(str(part) for part in details["loc"][1:] if isinstance(part, str) and not part.startswith("["))
     return f"{what}: {inner}: {message}" if inner else f"{what}: {message}"

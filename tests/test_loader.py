@@ -28,6 +28,7 @@ from authz_server.policy.affinity import Instance, Tenant
 from authz_server.policy.snapshot import DecisionOptions, build_snapshot
 from authz_server.refresher import Refresher
 from authz_server.snapshot_file import open_packed
+from authz_server.store.address import RedisAddress
 from authz_server.store.interface import NotInitialisedError, StoreUnavailableError
 from authz_server.store.redis_store import RedisStore
 
@@ -41,8 +42,8 @@ class Place:
     def __init__(self, valkey: Valkey, folder: Path) -> None:
         self.valkey = valkey
         self.path = folder / "snapshot"
-        self.arguments = {"url": valkey.url, "prefix": f"test-{secrets.token_hex(4)}"}
-        self.store = RedisStore(**self.arguments)
+        self.arguments = {"where": RedisAddress(valkey.url).as_json(), "prefix": f"test-{secrets.token_hex(4)}"}
+        self.store = RedisStore(valkey.url, prefix=self.arguments["prefix"])
         self.writer = Writer(self.store)
         self.told: list[str] = []
 
@@ -235,7 +236,8 @@ async def test_what_the_child_met_at_the_store_is_told(place: Place) -> None:
 async def test_a_password_is_in_no_command_line(place: Place) -> None:
     await place.writer.init()
     place.valkey.pause()
-    arguments = {"url": place.valkey.url.replace("//", "//:not-to-be-seen@"), "prefix": "p"}
+    url = place.valkey.url.replace("//", "//:not-to-be-seen@")
+    arguments = {"where": RedisAddress(url).as_json(), "prefix": "p"}
     task = asyncio.create_task(
         ChildLoader(arguments, OPTIONS, origin="here", path=None, max_age_seconds=60, on_file=place.told.append).load(
             None

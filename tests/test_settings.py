@@ -17,6 +17,7 @@ from authz_server.policy.reasons import Reason
 from authz_server.policy.snapshot import DecisionOptions, MissingClientAddress, MissingTenant, UnknownTenant
 from authz_server.policy.tenant import parse_tenant_source
 from authz_server.settings import Settings, SettingsError, load_settings, parse_listen
+from authz_server.store.address import RedisAddress, RedisTls
 
 FIXTURES = Path(__file__).parent / "settings"
 GOOD = sorted((FIXTURES / "good").glob("*.yaml"))
@@ -65,7 +66,9 @@ def test_no_message_holds_a_secret(path: Path) -> None:
 @pytest.mark.parametrize("path", GOOD, ids=lambda path: path.stem)
 def test_what_is_shown_can_be_loaded_again(path: Path, tmp_path: Path) -> None:
     shown = {name: value for name, (value, _) in load_settings(path).shown().items()}
-    hidden = {"redis_url": ADDRESS, "redis_password": ""}
+    hidden = {"redis_password": "", "redis_sentinel_password": ""}
+    if "***" in shown["redis_url"]:
+        hidden["redis_url"] = ADDRESS
     again = tmp_path / "again.yaml"
     again.write_text(yaml.safe_dump(shown | hidden))
     assert {name: value for name, (value, _) in load_settings(again).shown().items()} == shown | hidden
@@ -73,9 +76,11 @@ def test_what_is_shown_can_be_loaded_again(path: Path, tmp_path: Path) -> None:
 
 def test_a_good_file_says_everything_but_files_and_passwords() -> None:
     """So that a new setting gets its place in it."""
-    written = set(yaml.safe_load((FIXTURES / "good" / "everything.yaml").read_text()))
-    files = {"tls_certificate", "tls_key", "tls_client_ca", "redis_password_file", "snapshot_file"}
-    assert written | files | {"redis_username", "redis_password"} == set(Settings.model_fields)
+    good = ("everything", "sentinels", "cluster")
+    written = set().union(*(yaml.safe_load((FIXTURES / "good" / f"{name}.yaml").read_text()) for name in good))
+    files = {"tls_certificate", "tls_key", "tls_client_ca", "redis_password_file", "redis_sentinel_password_file"}
+    files |= {"snapshot_file", "redis_tls_ca", "redis_tls_certificate", "redis_tls_key"}
+    assert written | files | {"redis_password", "redis_sentinel_password"} == set(Settings.model_fields)
 
 
 def test_every_setting_is_described() -> None:
@@ -277,14 +282,45 @@ def test_parse_listen(text: str, expected: tuple[str, int] | None) -> None:
     ids=["none", "escaped", "user", "user-in-url", "all-in-url", "password-in-url", "socket"],
 )
 def test_store_url(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], expected: str) -> None:
-    assert load(monkeypatch, **{"AUTHZ_REDIS_URL": ADDRESS} | environ).store_url() == expected
+    assert load(monkeypatch, **{"AUTHZ_REDIS_URL": ADDRESS} | environ).store_address().url == expected
 
 
 def test_the_password_may_be_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "password"
     path.write_text("s3cret\n")
     settings = load(monkeypatch, AUTHZ_REDIS_URL=ADDRESS, AUTHZ_REDIS_PASSWORD_FILE=str(path))
-    assert settings.store_url() == "redis://:s3cret@valkey:6379/0"
+    assert settings.store_address().url == "redis://:s3cret@valkey:6379/0"
+
+
+def test_sentinels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "password"
+    path.write_text("of-sentinels\n")
+    settings = load(
+        monkeypatch,
+        AUTHZ_REDIS_SENTINELS="s1:26379, [::1]:26380",
+        AUTHZ_REDIS_SENTINEL_PRIMARY="policy",
+        AUTHZ_REDIS_SENTINEL_USERNAME="watcher",
+        AUTHZ_REDIS_SENTINEL_PASSWORD_FILE=str(path),
+        AUTHZ_REDIS_USERNAME="ann",
+        AUTHZ_REDIS_PASSWORD="of-the-store",
+        AUTHZ_REDIS_DATABASE="3",
+        AUTHZ_REDIS_TLS="true",
+    )
+    assert settings.store_address() == RedisAddress(
+        sentinels=(("s1", 26379), ("::1", 26380)),
+        primary="policy",
+        database=3,
+        username="ann",
+        password="of-the-store",
+        sentinel_username="watcher",
+        sentinel_password="of-sentinels",
+        tls=RedisTls(),
+    )
+
+
+def test_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load(monkeypatch, AUTHZ_REDIS_CLUSTER="n1:6379,n2:6379", AUTHZ_REDIS_PASSWORD="x")
+    assert settings.store_address() == RedisAddress(cluster=(("n1", 6379), ("n2", 6379)), password="x")
 
 
 def test_nothing_that_is_shown_holds_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +328,14 @@ def test_nothing_that_is_shown_holds_a_secret(monkeypatch: pytest.MonkeyPatch) -
     assert first.shown()["redis_url"][0] == "redis://ann:***@valkey:6379/0"
     second = load(monkeypatch, AUTHZ_REDIS_URL=ADDRESS, AUTHZ_REDIS_PASSWORD="s3cret")
     assert second.shown()["redis_password"] == ("***", "AUTHZ_REDIS_PASSWORD")
-    for settings in (first, second):
+    third = load(
+        monkeypatch,
+        AUTHZ_REDIS_URL="redis://127.0.0.1:6379/0",
+        AUTHZ_REDIS_SENTINELS="s1:26379",
+        AUTHZ_REDIS_SENTINEL_PASSWORD="s3cret",
+    )
+    assert "s3cret" not in repr(third.store_address()) + str(third.store_address())
+    for settings in (first, second, third):
         assert "s3cret" not in repr(settings) + str(settings) + json.dumps(settings.shown())
 
 

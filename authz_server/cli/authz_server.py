@@ -116,7 +116,7 @@ def _load(config: Path | None) -> Settings:
     try:
         settings = load_settings(config)
         try:
-            RedisStore(settings.store_url(), prefix=settings.redis_prefix)  # connects to nothing yet
+            RedisStore(settings.store_address(), prefix=settings.redis_prefix)  # connects to nothing yet
         except ValueError as error:
             raise SettingsError([f"{settings.written_as('redis_url')}: {error}"]) from None
     except SettingsError as error:

@@ -124,7 +124,8 @@ class Session:
         except SettingsError as error:
             raise BadInputError(error.problems) from error
         if self.redis_url is not None:
-            settings = settings.model_copy(update={"redis_url": SecretStr(self.redis_url)})
+            update = {"redis_url": SecretStr(self.redis_url), "redis_sentinels": (), "redis_cluster": ()}
+            settings = settings.model_copy(update=update)
         return settings
 
     @asynccontextmanager
@@ -134,8 +135,11 @@ class Session:
         try:
             # A password on the command line goes with its URL, whatever the settings say.
             has_password = self.redis_url is not None and urlsplit(self.redis_url).password is not None
-            url = self.redis_url if self.redis_url and has_password else settings.store_url()
-            store = RedisStore(url, prefix=settings.redis_prefix, client_name=NAME)
+            url = self.redis_url if has_password else None
+            address = settings.url_address(url) if url else settings.store_address()
+            store = RedisStore(
+                address, prefix=settings.redis_prefix, client_name=NAME, max_events=settings.history_events
+            )
         except ValueError as error:
             raise BadInputError([f"--redis-url: {error}"]) from error
         try:

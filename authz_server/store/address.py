@@ -1,7 +1,9 @@
 """Where the store is: one server, servers that Sentinels watch, or a cluster. Pure; holds secrets, shows none."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 HostPort = tuple[str, int]
@@ -51,6 +53,22 @@ class RedisAddress:
             raise ValueError("give a URL, Sentinels or the nodes of a cluster")
         if self.sentinels and not self.primary:
             raise ValueError("Sentinels need the name of the primary that they watch")
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads, secrets included."""
+        values = asdict(self)
+        if self.tls is not None:
+            values["tls"] = {name: path and str(path) for name, path in values["tls"].items()}
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Read what `as_json` returned, perhaps after it was JSON."""
+        nodes = {name: tuple(map(tuple, values[name])) for name in ("sentinels", "cluster")}
+        tls = values["tls"]
+        if tls is not None:
+            tls = RedisTls(**{name: path and Path(path) for name, path in tls.items()})
+        return cls(**dict(values) | nodes | {"tls": tls})
 
     def __str__(self) -> str:
         if self.sentinels:

@@ -28,7 +28,6 @@ from itertools import islice
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from redis import exceptions
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
@@ -91,6 +90,7 @@ from authz_server.store.keys import (
     reported_by,
     share,
 )
+from redis import exceptions
 
 T = TypeVar("T")
 Client = Redis | RedisCluster
@@ -189,7 +189,9 @@ class RedisStore:
         self._address = where if isinstance(where, RedisAddress) else RedisAddress(where)
         self._client_name = client_name
         self._client = _connect(self._address, client_name, patient)
-        self._follower = _connect(self._address, client_name, Retry(NoBackoff(), 0))
+        # A cluster's client looks for the new primary only when it may try again.
+        hasty = Retry(NoBackoff(), 1 if self._address.cluster else 0)
+        self._follower = _connect(self._address, client_name, hasty)
         self._where = str(self._address)
         self._reply_seconds = _reply_seconds(self._follower)
         scripts = resources.files("authz_server.store") / "scripts"
