@@ -50,7 +50,7 @@ class RedisAddress:
 
     def __post_init__(self) -> None:
         if sum(map(bool, (self.url, self.sentinels, self.cluster))) != 1:
-            raise ValueError("give a URL, Sentinels or the nodes of a cluster")
+            raise ValueError("where is the store? write redis://host:port, or name Sentinels, or nodes of a cluster")
         if self.sentinels and not self.primary:
             raise ValueError("Sentinels need the name of the primary that they watch")
 

@@ -34,5 +34,5 @@ def test_an_address(address: RedisAddress, said: str) -> None:
     ids=["nothing", "two places", "Sentinels without a name"],
 )
 def test_an_address_that_says_nothing_or_too_much(fields: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"give a URL|need the name"):
+    with pytest.raises(ValueError, match=r"where is the store|need the name"):
         RedisAddress(**fields)  # type: ignore[arg-type]
