@@ -2,16 +2,24 @@
 
 MeshConfig is no CRD, and no schema of it is published; field names and types are those of istio/api,
 mesh/v1alpha1/config.proto (MeshConfig, ExtensionProvider) and mesh/v1alpha1/proxy.proto (ProxyConfig, Topology).
-istiod itself logs an unknown field and goes on without it: a misspelt `failOpen` would be found by an outage.
+istiod itself goes on without a field that it does not know, with a word in its debug log only (pkg/util/protomarshal,
+ApplyYAML): a misspelt `failOpen` would be found by an outage.
 """
 
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from support.envoy_api import envoy_type
+from support.istio.messages import duration
 
-Duration = Annotated[str, Field(pattern=r"^\d+(\.\d{1,9})?s$")]
-"""A protobuf Duration in JSON form, the only one that every version takes."""
+
+def _duration(text: str) -> str:
+    duration(text)
+    return text
+
+
+Duration = Annotated[str, AfterValidator(_duration)]
+"""In Go's notation, which is what istiod's JSON reader takes for a protobuf Duration."""
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 

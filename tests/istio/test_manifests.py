@@ -255,7 +255,7 @@ def test_broken_copies_of_the_mesh_configuration_are_refused(path: Path) -> None
     [
         pytest.param({"failOpen": "true"}, id="a-word-for-a-boolean"),
         pytest.param({"port": 90000}, id="no-such-port"),
-        pytest.param({"timeout": "500ms"}, id="a-duration-that-protobuf-does-not-read"),
+        pytest.param({"timeout": "0.5 s"}, id="a-duration-that-Go-does-not-read"),
         pytest.param({"statusOnError": "299"}, id="a-status-that-Envoy-does-not-know"),
         pytest.param({"service": "authz-server"}, id="a-short-name-of-a-service"),
         pytest.param({"timeout": None}, id="no-timeout"),
