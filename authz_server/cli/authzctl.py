@@ -18,6 +18,7 @@ from authz_server.cli.changes import (
     RemoveFromScope,
     SetScope,
 )
+from authz_server.cli.cleanup import cleanup
 from authz_server.cli.failures import (
     EXIT_CODES,
     BadInputError,
@@ -436,6 +437,7 @@ app.add_typer(affinity_app, name="affinity")
 app.add_typer(resource_app, name="resource")
 app.add_typer(scope_app, name="scope")
 app.add_typer(replica_app, name="replica")
+app.command("cleanup", epilog=EXIT_CODES)(cleanup)
 
 
 async def _load_lists(store: Store) -> tuple[Snapshot, dict[str, int]]:

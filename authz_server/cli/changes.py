@@ -164,6 +164,32 @@ class RemoveFromScope:
 
 
 @dataclass(frozen=True, slots=True)
+class RemoveExpired:
+    """Take an entry out that ended before a moment; one that was renewed meanwhile stays."""
+
+    key: RecordKey
+    ended_before: float
+    """Seconds since the Unix epoch."""
+
+    @property
+    def action(self) -> str:
+        """`cleanup`."""
+        return "cleanup"
+
+    def keys(self) -> tuple[RecordKey, ...]:
+        """The entry."""
+        return (self.key,)
+
+    def plan(self, known: Known, now: float) -> Plan:
+        """See `Wish.plan`."""
+        draft = _Draft(known, now)
+        entry = known.record(self.key)
+        if isinstance(entry, Entry) and not entry.counts_at(self.ended_before):
+            draft.remove(self.key)
+        return draft.finish()
+
+
+@dataclass(frozen=True, slots=True)
 class AddToList:
     """Put entries into a named list, and create the list when it is not there."""
 

@@ -31,12 +31,12 @@ from authz_server.policy.records import RecordKey, RecordKind
 from authz_server.store.interface import MAX_WRITES_PER_CHANGE, Position, Store, StoreError
 
 LARGEST_BATCH = MAX_WRITES_PER_CHANGE // 2
-"""Tenants in one change: each may need its own instance checked."""
+"""Wishes in one change: each may need its own instance checked."""
 
 _RELEASE_SECONDS = 5.0
 
 OnProgress = Callable[[int, int, str], None]
-"""Called with how many tenants are done, of how many, and what goes on (may be empty). Must not raise."""
+"""Called with how many are done, of how many, and what goes on (may be empty). Must not raise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +54,13 @@ class Moved:
     """What became of many wishes."""
 
     action: str
-    tenants: int
+    records: int
     """How many were changed."""
     changes: tuple[Position, ...]
     """What was written, in order."""
     notes: tuple[str, ...] = ()
+    noun: str = "tenant"
+    """What one of the records is."""
     acknowledgement: Acknowledgement | None = None
     """Which servers have the last change, when that was waited for."""
 
@@ -119,15 +121,19 @@ class Mover:
     Args:
         store: where the policy is.
         order: who and why; every change gets a change id of its own.
-        batch: tenants in one change.
+        batch: wishes in one change.
         on_progress: told how far it is.
+        noun: what a wish is about, for people.
     """
 
-    def __init__(self, store: Store, order: Order, *, batch: int, on_progress: OnProgress) -> None:
+    def __init__(
+        self, store: Store, order: Order, *, batch: int, on_progress: OnProgress, noun: str = "tenant"
+    ) -> None:
         self._store = store
         self._order = order
         self._batch = batch
         self._on_progress = on_progress
+        self._noun = noun
         self._changed = 0
         self._changes: list[Position] = []
         self._notes: dict[str, None] = {}
@@ -218,14 +224,16 @@ class Mover:
         return replace(self._order, change_id=str(uuid.uuid4()), resent=False)
 
     def _moved(self, action: str) -> Moved:
-        return Moved(action, self._changed, tuple(self._changes), tuple(self._notes))
+        return Moved(action, self._changed, tuple(self._changes), tuple(self._notes), self._noun)
 
     def _stopped(self, error: BaseException, total: int, *, held: Sequence[str]) -> MoveStoppedError:
         interrupted = isinstance(error, asyncio.CancelledError)
         problems = list(error.problems) if isinstance(error, AuthzctlError) else []
         if not problems:
             problems = ["interrupted"] if interrupted else [str(error)]
-        problems.append(f"{self._changed:,} of {counted(total, 'tenant')} done; sent again, this command does the rest")
+        problems.append(
+            f"{self._changed:,} of {counted(total, self._noun)} done; sent again, this command does the rest"
+        )
         hints = list(error.hints) if isinstance(error, AuthzctlError) else []
         if held:
             problems.append(

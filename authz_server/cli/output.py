@@ -170,7 +170,7 @@ def progress_shown(output: OutputFormat) -> Iterator[OnProgress]:
         yield lambda *_: None
         return
     if not console.is_terminal:
-        yield lambda done, total, what: None if what else console.print(plain(f"{done:,} of {total:,} tenants done"))
+        yield lambda done, total, what: None if what else console.print(plain(f"{done:,} of {total:,} done"))
         return
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", table_column=Column(ratio=1)))
     with Progress(*columns, console=console, transient=True, expand=True) as progress:
@@ -186,7 +186,7 @@ def print_moved(moved: Moved, output: OutputFormat) -> None:
             _echo_json(
                 {
                     "action": moved.action,
-                    "tenants": moved.tenants,
+                    "records": moved.records,
                     "changes": [
                         {"epoch": position.epoch, "revision": position.revision, "change_id": position.change_id}
                         for position in moved.changes
@@ -208,7 +208,7 @@ def _moved_summary(moved: Moved) -> str:
         return f"Nothing to do for {moved.action}: it is so already."
     first, last = moved.changes[0].revision, moved.changes[-1].revision
     where = f"revision {first}" if first == last else f"{len(moved.changes)} changes, revisions {first} to {last}"
-    return f"Done: {moved.action} of {counted(moved.tenants, 'tenant')}, {where}."
+    return f"Done: {moved.action} of {counted(moved.records, moved.noun)}, {where}."
 
 
 def _print_acknowledged(console: Console, told: Acknowledgement | None) -> None:

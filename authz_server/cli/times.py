@@ -15,8 +15,8 @@ def parse_moment(text: str, now: float) -> int:
     Raises:
         ValueError: naming the text and how to mend it.
     """
-    if span := _SPAN.fullmatch(text):
-        moment = int(now) + int(span[1]) * _SECONDS[span[2]]
+    if _SPAN.fullmatch(text):
+        moment = int(now) + parse_span(text)
     else:
         try:
             parsed = datetime.fromisoformat(text)
@@ -30,6 +30,20 @@ def parse_moment(text: str, now: float) -> int:
     if moment > _LATEST:
         raise ValueError(f"{text!r} is too far away: the last day is 9999-12-31")
     return moment
+
+
+def parse_span(text: str) -> int:
+    """Read a span such as `30m`, `2h`, `7d`, or 0; return seconds.
+
+    Raises:
+        ValueError: naming the text and how to mend it.
+    """
+    if text == "0":
+        return 0
+    span = _SPAN.fullmatch(text)
+    if not span:
+        raise ValueError(f"{text!r} is not a span: write 30m, 2h or 7d, or 0")
+    return int(span[1]) * _SECONDS[span[2]]
 
 
 def show_moment(moment: float) -> str:

@@ -25,7 +25,7 @@ def test_many_are_pinned_moved_and_unpinned_from_a_file(instances: str, tmp_path
     file.write_text("".join(f"t{number} q1\n" for number in range(450)))
     ran = write("affinity", "pin", "--file", str(file))
     assert "Done: affinity.pin of 450 tenants, 3 changes, revisions 4 to 6." in ran.out
-    assert "400 of 450 tenants done" in ran.err
+    assert "400 of 450 done" in ran.err
     assert "Nothing to do" in write("affinity", "pin", "--file", str(file)).out
     assert (
         "--change-id names one change" in write("affinity", "pin", "--file", str(file), "--change-id", "c", code=2).err
@@ -92,7 +92,7 @@ def test_an_instance_that_comes_moves_nobody_until_somebody_asks(instances: str)
     assert run("affinity", "rebalance", "--to", "q2", "-o", "json").json["moves"] == []
     assert "instance q9 does not exist" in run("affinity", "rebalance", "--to", "q9").err
     moved = write("affinity", "rebalance", "--apply", "--at-once", "--limit", "2", "-o", "json").json
-    assert (moved["action"], moved["tenants"], len(moved["changes"])) == ("affinity.move", 2, 1)
+    assert (moved["action"], moved["records"], len(moved["changes"])) == ("affinity.move", 2, 1)
     write("affinity", "rebalance", "--apply", "--at-once")
     assert pins() == before | {row["tenant"]: "q3" for row in plan}
 

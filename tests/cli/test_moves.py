@@ -189,7 +189,7 @@ QUICKLY = Strictly(wait_seconds=10, settle_seconds=0.01)
 
 async def test_a_strict_move_never_has_two_instances_in_use(mesh: Mesh) -> None:
     moved = await mesh.mover().strictly(DRAIN, QUICKLY)
-    assert (moved.tenants, len(moved.changes)) == (30, 10)
+    assert (moved.records, len(moved.changes)) == (30, 10)
     assert await mesh.pins() == TARGETS
     await mesh.see_all_moved()
     assert await mesh.held() == []
@@ -204,7 +204,7 @@ async def test_a_server_that_is_behind_holds_the_switch_up(mesh: Mesh) -> None:
     assert len(await mesh.held()) == 30
     assert mesh.servers[1].instance_of("t0") == "q1"
     mesh.servers[1].behind.set()
-    assert (await moving).tenants == 30
+    assert (await moving).records == 30
     await mesh.see_all_moved()
 
 
@@ -255,7 +255,7 @@ async def hold(mesh: Mesh, tenant: str, to: str, owner: str = "alice") -> None:
 async def test_a_move_that_was_killed_is_gone_on_with(mesh: Mesh) -> None:
     await hold(mesh, "t0", "q2")
     moved = await mesh.mover().strictly([MoveTenant("t0", "q2")], QUICKLY)
-    assert moved.tenants == 1
+    assert moved.records == 1
     assert (await mesh.pins())["t0"] == "q2"
     assert await mesh.held() == []
 
@@ -281,7 +281,7 @@ async def test_one_that_somebody_moved_meanwhile_is_left_alone(mesh: Mesh) -> No
     await Writer(mesh.store).set((record_key(there), there))
     for carry_out in (lambda: mesh.mover().strictly(DRAIN[:1], QUICKLY), lambda: mesh.mover().at_once(DRAIN[:1])):
         moved = await carry_out()
-        assert (moved.tenants, moved.changes) == (0, ())
+        assert (moved.records, moved.changes) == (0, ())
         assert moved.notes == (f"tenant {there.id} is pinned to {there.instance} by now, and not moved",)
 
 
@@ -332,7 +332,7 @@ async def test_what_cannot_be_released_is_told(mesh: Mesh) -> None:
 async def test_many_wishes_go_in_batches_and_the_same_again_is_nothing(mesh: Mesh) -> None:
     wishes = [PinTenant("affinity.pin", f"new{number}", "q2") for number in range(20)]
     moved = await mesh.mover().at_once(wishes)
-    assert (moved.action, moved.tenants, len(moved.changes)) == ("affinity.pin", 20, 3)
+    assert (moved.action, moved.records, len(moved.changes)) == ("affinity.pin", 20, 3)
     assert [told[0] for told in mesh.progress] == [7, 14, 20]
     assert await mesh.mover().at_once(wishes) == Moved("affinity.pin", 0, ())
 
