@@ -302,7 +302,10 @@ def resource_add(
     *,
     name: Annotated[str, typer.Argument(metavar="NAME")],
     reason: Reason,
-    path: Annotated[list[str], typer.Option("--path", help="A path and all beneath it; * is any one segment. Repeat.")],
+    path: Annotated[
+        list[str],
+        typer.Option("--path", help="/docs is also /docs.json and all beneath; * is any one segment. Repeat."),
+    ],
     host: Annotated[
         list[str] | None, typer.Option("--host", help="Only on this host, or *.example.com. Repeat. Without: any.")
     ] = None,

@@ -35,7 +35,7 @@ _EMPTY, _NUL = "\ud800", "\ud801"
 
 @dataclass(frozen=True, slots=True)
 class PathPattern:
-    """A path and everything beneath it. A segment `*` stands for any one segment."""
+    """A path, the same with a suffix such as `.json`, and everything beneath. A segment `*` is any one segment."""
 
     text: str
     segments: Segments
@@ -162,8 +162,14 @@ class RequestPath:
 
 
 def _pattern(text: str, segments: Segments) -> PathPattern:
-    steps = ("/[^/]*" if segment == "*" else f"/{re.escape(segment)}" for segment in segments)
-    return PathPattern(text, segments, re.compile(f"{''.join(steps)}(?:/|\\Z)"))
+    """Return a pattern that also takes what backends of some makes take for the same.
+
+    Windows drops dots and spaces at the end of a name. Rails serves `/docs` as `/docs.json` too, or with any other
+    suffix, unless told otherwise (its routes end in an optional format), and Spring did until 5.3.
+    """
+    steps = ["/[^/]*" if segment == "*" else f"/{re.escape(segment)}[. ]*" for segment in segments]
+    suffix = "(?:\\.[^/]*)?" if segments else ""
+    return PathPattern(text, segments, re.compile(f"{''.join(steps)}{suffix}(?:/|\\Z)"))
 
 
 def _decoded(texts: set[str]) -> set[str]:

@@ -10,6 +10,7 @@ from authz_server.policy.access import (
     Scope,
     Side,
     judge,
+    judge_without_record,
     normalize_host,
     own_list,
     resource_scope,
@@ -189,3 +190,19 @@ def test_a_resource_applies_by_host_and_any_reading(
 ) -> None:
     resource = Resource("docs", (parse_path_pattern("/api-docs"), parse_path_pattern("/docs")), hosts)
     assert (resource.is_on(host) and resource.holds(read_path(path, fold_case=True))) is applies
+
+
+@pytest.mark.parametrize(
+    "lists",
+    [
+        {},
+        {"tenant:acme/allow": ["10.0.0.0/8"]},
+        {"tenant:acme/block": ["10.0.0.0/8"]},
+        {"tenant:acme/allow": ["10.1.2.0/24"], "tenant:acme/block": ["10.0.0.0/8"]},
+        {"tenant:acme/block": ["11.0.0.0/8"]},
+        {"tenant:other/block": ["10.0.0.0/8"], "global/block": ["10.0.0.0/8"]},
+    ],
+)
+def test_a_scope_without_a_record_is_judged_as_one_of_defaults(lists: dict[str, list[str]]) -> None:
+    built, client = tables(lists), parse_address(CLIENT)
+    assert judge_without_record("tenant:acme", built, client, NOW) == judge(Scope("tenant:acme"), built, client, NOW)

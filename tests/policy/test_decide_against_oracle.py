@@ -135,7 +135,6 @@ FAULTS = {
         "outcomes += [_judge_tenant(tenant_id, snapshot, address, now)] * (f'tenant:{tenant_id}' in snapshot.scopes)",
     ),
     "block-list-of-tenants-without-a-record-ignored": ("access", "and tables.get(scope_name + _OWN_BLOCK) is None", ""),
-    "allow-list-of-tenants-without-a-record-ignored": ("access", "tables.get(scope_name + _OWN_ALLOW) is None and", ""),
     "allowed-by-a-scope": ("decision", "if reason is _ALLOWED:", "if reason is None:"),
     "letter-case-never-folded": ("decision", "fold_case=snapshot.options.fold_path_case", "fold_case=False"),
     "letter-case-always-folded": ("decision", "fold_case=snapshot.options.fold_path_case", "fold_case=True"),
@@ -234,6 +233,8 @@ FAULTS = {
     "slash-at-the-end-lost": ("paths", '        resolved += "/"\n', "        pass\n"),
     "turkish-letters-kept": ("paths", 'text.upper().casefold().replace("i\\u0307", "i")', "text.casefold()"),
     "pattern-matches-part-of-a-segment": ("paths", '(?:/|\\\\Z)"', '"'),
+    "suffix-missed": ("paths", '"(?:\\\\.[^/]*)?" if segments', '"" if segments'),
+    "dots-and-spaces-at-the-end-kept": ("paths", "[. ]*", ""),
     "star-takes-many-segments": ("paths", '"/[^/]*"', '"/.*"'),
     "unreadable-scope-opens": ("snapshot", "Scope(key.name, Mode.RESTRICTED, Enforcement.ENFORCE)", "Scope(key.name)"),
     "unreadable-scope-only-in-shadow": (

@@ -43,6 +43,11 @@ WITHIN_DOCS = {
     "escaped-parameter": "/docs%3bx",
     "escaped-query": "/docs%3fx",
     "query-escaped-twice": "/docs%253fx",
+    "suffix": "/docs.json",
+    "suffix-and-more": "/docs.tar.gz/x",
+    "escaped-suffix": "/docs%2ejson",
+    "dots-at-the-end": "/docs../x",
+    "spaces-and-dots-at-the-end": "/docs%20.%20",
     "fragment": "/docs#x",
     "escaped-fragment": "/docs%23x",
     "escaped-end-of-a-c-string": "/docs%00x",
@@ -58,6 +63,9 @@ WITHIN_DOCS = {
 ELSEWHERE = {
     "other": "/other",
     "prefix-of-a-segment": "/docsx",
+    "prefix-of-a-name-with-a-suffix": "/docsx.json",
+    "words": "/docs%20of%20mine",
+    "space-before-a-suffix-that-is-none": "/docs%20json",
     "below-something": "/a/docs",
     "escaped-thrice": "/%252564ocs",
     "truncated-escape": "/doc%7",
@@ -195,6 +203,9 @@ def test_patterns_match_themselves_and_what_is_beneath() -> None:
     assert not pattern.matches("/api/v1/other")
     assert not pattern.matches("/api/v1/docsx")
     assert not pattern.matches("/api/v1/docs\n")
+    assert pattern.matches("/api/v1.json/docs.json")
+    assert pattern.matches("/api. /v1/docs")
+    assert not pattern.matches("/api.json/v1/docs")
     assert not parse_path_pattern("/a.b").matches("/axb")
     assert parse_path_pattern("/").matches("/")
     assert parse_path_pattern("/").matches("/x")

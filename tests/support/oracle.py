@@ -325,10 +325,19 @@ def lies_within(pattern: str, path: str, fold: bool) -> bool:
     return any(
         len(reading) >= len(wanted)
         and all(
-            mine in ("*", same_case(theirs) if fold else theirs) for mine, theirs in zip(wanted, reading, strict=False)
+            mine == "*" or is_segment(mine, same_case(theirs) if fold else theirs, last=number == len(wanted))
+            for number, (mine, theirs) in enumerate(zip(wanted, reading, strict=False), 1)
         )
         for reading in readings(path)
     )
+
+
+def is_segment(mine: str, theirs: str, *, last: bool) -> bool:
+    """Tell whether a backend may take their segment for mine: Windows ignores what it ends in, Rails a suffix."""
+    if not theirs.startswith(mine):
+        return False
+    rest = theirs[len(mine) :].lstrip(". ")
+    return rest == "" or (last and "." in theirs[len(mine) : -len(rest)])
 
 
 def same_case(text: str) -> str:
