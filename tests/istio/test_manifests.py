@@ -1,5 +1,6 @@
 """Manifests: valid alone and built by kustomize, unknown fields refused; broken copies are refused."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from support.manifests import (
     validate,
     with_surprises,
 )
+from typer.testing import CliRunner
+
+from authz_server.cli.authzctl import app
 
 # kubectl is started for every build, and validating each broken copy takes a while.
 pytestmark = pytest.mark.integration
@@ -267,6 +271,19 @@ def test_a_wrong_provider_is_refused(provider: Manifest) -> None:
     values["meshConfig"]["extensionProviders"][0]["envoyExtAuthzGrpc"] |= provider
     with pytest.raises(ValidationError):
         IstiodValues.model_validate(values)
+
+
+def test_the_readme_speaks_of_every_overlay_and_of_what_there_is() -> None:
+    readme = (ISTIO / "README.md").read_text()
+    names = {overlay.name for overlay in all_overlays()}
+    assert {name for name in names if f"`{name}`" not in readme} == {"client-address-network-lb-envoyfilter"}
+    assert "`client-address-network-lb` (or `...-envoyfilter`)" in readme
+    for path in re.findall(r"istio/(?:overlays/[a-z0-9-]+|example/[a-z-]+\.yaml|base|gateway)", readme):
+        assert (ISTIO.parent / path).exists(), path
+    commands = set(re.findall(r"authzctl ([a-z]+ [a-z]+)", readme))
+    assert commands
+    for command in commands:
+        assert CliRunner().invoke(app, [*command.split(), "--help"]).exit_code == 0, command
 
 
 def _refuse_surprises(manifests: list[Manifest]) -> None:
