@@ -147,10 +147,13 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 (("sum(authz_ready{PODS})", "ready"), ("sum(authz_redis_connected{PODS})", "connected")),
             ),
             Panel(
-                "Decisions that the log lost",
-                "The reader of standard output is too slow, or gone.",
+                "Load that is not taken on",
+                "Checks beyond what can be answered in time get UNAVAILABLE; decisions that the log lost.",
                 "reqps",
-                (("sum(rate(authz_decision_log_dropped_total{PODS}[5m]))", "lost"),),
+                (
+                    ("sum(rate(authz_shed_total{PODS}[5m]))", "shed"),
+                    ("sum(rate(authz_decision_log_dropped_total{PODS}[5m]))", "not logged"),
+                ),
             ),
         ),
     ),

@@ -51,6 +51,8 @@ CHECKS = f'authz_checks_total{{{POD},outcome="ok",reason="allowed"}}'
 DENIED = f'authz_checks_total{{{POD},outcome="denied",reason="%s"}}'
 CASES: dict[str, list[dict[str, str]]] = {
     "AuthzServerCannotDecide": [counter(f"authz_unavailable_total{{{POD}}}", 60)],
+    "AuthzServerShedding": [counter(f"authz_shed_total{{{POD}}}", 60)],
+    "AuthzServerNoSnapshotFile": [gauge(f"authz_snapshot_file_good{{{POD}}}", 0, 1)],
     "AuthzServerNotReady": pods("authz_ready", "1+0x150", "0+0x29 1+0x120"),
     "AuthzServerSnapshotOld": [gauge(f"authz_snapshot_age_seconds{{{POD}}}", 61, 5)],
     "AuthzServerReplicasBehind": pods("authz_snapshot_revision", "8+0x150", "7+0x29 8+0x120"),

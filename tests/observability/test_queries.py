@@ -40,7 +40,9 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
     with Valkey() as valkey:
         init_policy(valkey.url)
         with (
-            ServerProcess(directory, {"AUTHZ_REDIS_URL": valkey.url}) as server,
+            ServerProcess(
+                directory, {"AUTHZ_REDIS_URL": valkey.url, "AUTHZ_SNAPSHOT_FILE": str(directory / "last.snapshot")}
+            ) as server,
             Prometheus(directory, [server.admin]) as prometheus,
         ):
             server.wait_ready()
