@@ -138,7 +138,7 @@ def test_the_chart_makes_the_same_of_the_two_that_it_has() -> None:
 
 @pytest.mark.parametrize("name", ENVOY_FILTERS)
 def test_broken_copies_are_refused(name: str) -> None:
-    """istiod drops a field that it does not know, without a word (pkg/config/xds, BuildXDSObjectFromStruct)."""
+    """istiod warns of a field that it does not know, and leaves it out (pkg/config/validation/envoyfilter)."""
     broken = 0
     for index, item in enumerate(ENVOY_FILTERS[name]["spec"]["configPatches"]):
         for _, value in with_surprises(item["patch"]["value"]):
