@@ -14,7 +14,7 @@ from pathlib import Path
 import grpc
 import pytest
 from support.container import Container
-from support.helm import render
+from support.helm import plain_env, render
 
 from authz_server.demo.valkey import Valkey
 from authz_server.ext_authz._generated import ext_authz_pb2
@@ -123,13 +123,13 @@ def test_the_chart_s_commands_under_the_chart_s_limits(image: Path, own_valkey: 
     }
     job = found.one("init.yaml")["spec"]["template"]["spec"]
     (init,) = job["containers"]
-    environ = {variable["name"]: variable["value"] for variable in init["env"]} | {"AUTHZ_REDIS_URL": own_valkey.url}
+    environ = plain_env(init) | {"AUTHZ_REDIS_URL": own_valkey.url}
     for _ in range(2):  # an installation after the first finds a policy
         with Container(tmp_path, image, job, [*init["command"], *init["args"]], environ=environ) as container:
             assert container.running.wait(30) == 0, container.running.tail()
 
     server = found.container()
-    environ = {variable["name"]: variable["value"] for variable in server["env"]} | replaced
+    environ = plain_env(server) | replaced
     (state,) = [mount["mountPath"] for mount in server["volumeMounts"] if mount["name"] == "state"]
     (size,) = [volume["emptyDir"]["sizeLimit"] for volume in found.pod()["volumes"] if volume["name"] == "state"]
     with Container(

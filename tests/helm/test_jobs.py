@@ -4,7 +4,7 @@ import shlex
 from typing import Any
 
 import pytest
-from support.helm import CI, Object, render, render_file
+from support.helm import CI, Object, plain_env, render, render_file
 from typer.testing import CliRunner
 
 from authz_server.cli import authz_server, authzctl
@@ -27,9 +27,9 @@ class TestInit:
     def test_with_the_server_s_redis(self) -> None:
         found = render_file(CI["redis-tls-acl"])
         job = container(found.one("init.yaml")["spec"]["template"])
-        env = {variable["name"]: variable["value"] for variable in job["env"]}
+        env = plain_env(job)
         assert env.pop("AUTHZCTL_ACTOR") == "helm/authz-server"
-        server = {variable["name"]: variable["value"] for variable in found.container()["env"]}
+        server = found.env()
         assert env == {name: value for name, value in server.items() if name.startswith("AUTHZ_REDIS_")}
         assert job["volumeMounts"]
 
@@ -71,7 +71,7 @@ class TestEvaluation:
     def test_the_server_uses_it(self) -> None:
         found = render_file(CI["evaluation"])
         deployment, service = found.of("evaluation.yaml")
-        env = {variable["name"]: variable["value"] for variable in found.container()["env"]}
+        env = found.env()
         assert env["AUTHZ_REDIS_URL"] == f"redis://{service['metadata']['name']}:6379/0"
         assert service["spec"]["selector"].items() <= deployment["spec"]["template"]["metadata"]["labels"].items()
         assert deployment["spec"]["replicas"] == 1

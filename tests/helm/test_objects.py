@@ -138,10 +138,9 @@ def test_the_server_takes_the_settings(path: Path | None, tmp_path: Path, monkey
     root.mkdir()
     (root / "settings.yaml").write_text(text)
     (root / "password").write_text("sesame\n")
-    for variable in found.container()["env"]:
-        assert set(variable) == {"name", "value"}
-        value = variable["value"].replace("/etc/authz-server/redis/", f"{root}/")
-        monkeypatch.setenv(variable["name"], value)
+    for name, value in found.env().items():
+        monkeypatch.setenv(name, value.replace("/etc/authz-server/redis/", f"{root}/"))
+    monkeypatch.setenv("AUTHZ_REPLICA_NAME", "authz-server-5d8f9c7b6-x2x4z")
     monkeypatch.setenv("AUTHZ_CONFIG", str(root / "settings.yaml"))
     settings = load_settings()
     drain = yaml.safe_load(path.read_text()).get("drain", {}) if path else {}

@@ -127,7 +127,7 @@ def test_a_changed_setting_replaces_the_pods() -> None:
 class TestRedis:
     def test_password_and_authorities_are_files(self) -> None:
         found = render_file(CI["redis-tls-acl"])
-        env = {variable["name"]: variable["value"] for variable in found.container()["env"]}
+        env = found.env()
         assert env["AUTHZ_REDIS_URL"].endswith(":6380/0?ssl_ca_certs=/etc/authz-server/redis-ca/ca.crt")
         assert env["AUTHZ_REDIS_PASSWORD_FILE"] == "/etc/authz-server/redis/password"
         assert (env["AUTHZ_REDIS_USERNAME"], env["AUTHZ_REDIS_PREFIX"]) == ("authz", "prod")
@@ -140,8 +140,10 @@ class TestRedis:
 
     def test_a_url_with_options(self) -> None:
         values = {"redis": {"url": "rediss://h/0?socket_timeout=1", "caSecret": "ca"}}
-        (url, *_) = [v["value"] for v in render(values).container()["env"] if v["name"] == "AUTHZ_REDIS_URL"]
-        assert url == "rediss://h/0?socket_timeout=1&ssl_ca_certs=/etc/authz-server/redis-ca/ca.crt"
+        assert (
+            render(values).env()["AUTHZ_REDIS_URL"]
+            == "rediss://h/0?socket_timeout=1&ssl_ca_certs=/etc/authz-server/redis-ca/ca.crt"
+        )
 
 
 def test_own_tls_is_mounted_where_the_settings_say() -> None:
@@ -168,6 +170,11 @@ def test_placement() -> None:
     assert pod["serviceAccountName"] == "edge"
     assert found.container()["resources"]["limits"] == {"memory": "4Gi"}
     assert all(thing["metadata"]["labels"]["example.com/cost-center"] == "42" for _, thing in found.objects)
+
+
+def test_each_pod_reports_under_its_own_name() -> None:
+    (name,) = [variable for variable in render().container()["env"] if "valueFrom" in variable]
+    assert name == {"name": "AUTHZ_REPLICA_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}
 
 
 @pytest.mark.parametrize(

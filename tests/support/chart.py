@@ -25,14 +25,15 @@ SETTINGS_OF_THE_CHART = frozenset(
     {
         *("listen", "admin_listen", "tls_certificate", "tls_key", "tls_client_ca"),
         *("redis_url", "redis_username", "redis_password", "redis_password_file", "redis_prefix"),
-        *("drain_seconds", "grace_seconds", "snapshot_file"),
+        *("drain_seconds", "grace_seconds", "snapshot_file", "replica_name"),
         *("redis_sentinels", "redis_sentinel_primary", "redis_sentinel_username", "redis_sentinel_password"),
         *("redis_sentinel_password_file", "redis_cluster", "redis_database", "redis_tls", "redis_tls_ca"),
         *("redis_tls_certificate", "redis_tls_key"),
     }
 )
 """The settings of the server that values of their own make: `listenAddress`, `ports`, `tls`, `redis`, `drain`,
-`snapshotFile`."""
+`snapshotFile`, and the
+pod's name."""
 
 BEGIN = "<!-- values:begin (made by `make chart`) -->\n"
 END = "<!-- values:end -->\n"

@@ -42,6 +42,10 @@ class Rendered:
         """Kind and name of every object."""
         return {(found["kind"], found["metadata"]["name"]) for _, found in self.objects}
 
+    def env(self) -> dict[str, str]:
+        """The variables of the server's container that have a value of their own."""
+        return plain_env(self.container())
+
     def settings(self) -> dict[str, Any]:
         """The server's settings file."""
         loaded: dict[str, Any] = yaml.safe_load(self.one("configmap.yaml")["data"]["settings.yaml"])
@@ -56,6 +60,11 @@ class Rendered:
         """The server's container."""
         (found,) = self.pod()["containers"]
         return dict(found)
+
+
+def plain_env(container: Object) -> dict[str, str]:
+    """The variables of a container that have a value of their own."""
+    return {variable["name"]: variable["value"] for variable in container.get("env", []) if "value" in variable}
 
 
 def render(values: Mapping[str, Any] | None = None, *, chart: Path = CHART, **options: Any) -> Rendered:
