@@ -47,6 +47,8 @@ def test_where_it_may_go() -> None:
         ({"redis": {"url": "redis://redis.data/0"}}, [6379]),
         ({"redis": {"url": "rediss://redis.data:6380/0"}}, [6380]),
         ({"networkPolicy": {"redis": {"ports": [6379, 26379]}}}, [6379, 26379]),
+        ({"redis": {"sentinel": {"nodes": ["a:26379", "b:26379", "c:26380"]}}}, [26379, 26380, 6379]),
+        ({"redis": {"cluster": {"nodes": ["a:7000", "b:7001"]}}}, [7000, 7001]),
     ],
 )
 def test_the_ports_of_redis(values: dict[str, Any], expected: list[int]) -> None:

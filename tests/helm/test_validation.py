@@ -26,13 +26,20 @@ def problems(values: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"redis": {}}, ["redis.url is empty", "evaluation.enabled"]),
-        ({"evaluation": {"enabled": True}}, ["evaluation.enabled brings a Valkey of its own", "redis.url"]),
-        ({"redis": {"existingSecret": "s"}, "evaluation": {"enabled": True}}, ["redis.existingSecret", "empty"]),
+        ({"redis": {}}, ["name the Redis that holds the policy by url", "evaluation.enabled"]),
+        ({"evaluation": {"enabled": True}}, ["redis.url and evaluation.enabled (which brings", "one store"]),
+        (
+            {"redis": {"cluster": {"nodes": ["a:1"]}, "sentinel": {"nodes": ["b:2"]}}},
+            ["redis.sentinel.nodes and redis.cluster.nodes: there is one store"],
+        ),
+        ({"redis": {"url": "redis://h", "tls": {"enabled": True}}}, ["redis.tls.enabled is for", "rediss://"]),
+        ({"redis": {"cluster": {"nodes": ["a:1"]}, "tls": {"clientSecret": "c"}}}, ["redis.tls.enabled with"]),
+        ({"redis": {"url": "redis://h", "sentinel": {"username": "u"}}}, ["redis.sentinel.nodes is empty"]),
+        ({"redis": {"existingSecret": "s"}, "evaluation": {"enabled": True}}, ["redis.existingSecret", "leave"]),
         ({"redis": {"url": "redis://u:pw@h/0"}}, ["redis.url holds a user or a password", "redis.existingSecret"]),
         ({"redis": {"url": "redis://:pw@h/0"}}, ["redis.url holds a user or a password"]),
         ({"redis": {"url": "h:6379"}}, ["redis.url is h:6379", "redis://"]),
-        ({"redis": {"url": "redis://h", "caSecret": "ca"}}, ["redis.caSecret", "rediss://"]),
+        ({"redis": {"url": "redis://h", "tls": {"caSecret": "ca"}}}, ["redis.tls.caSecret", "rediss://"]),
         ({"drain": {"seconds": 10}}, ["drain.seconds (10)", "drain.endpointPropagationSeconds (10)"]),
         (
             {"drain": {"terminationGracePeriodSeconds": 30}},
@@ -97,7 +104,7 @@ def test_one_wrong_combination(values: dict[str, Any], words: list[str]) -> None
 
 
 def test_all_problems_at_once() -> None:
-    values = {"redis": {"url": ""}, "drain": {"seconds": 5}, "replicas": None, "istio": {"sidecar": False}}
+    values = {"redis": {}, "drain": {"seconds": 5}, "replicas": None, "istio": {"sidecar": False}}
     assert len(problems(values)) == 4
 
 
@@ -111,7 +118,7 @@ def test_all_problems_at_once() -> None:
         {"istio": {"gateway": {"trustedHops": 1}}, "settings": {"trusted_peers": ["10.0.0.0/8"]}},
         {"istio": {"provider": {"statusOnError": 503}}},
         {"istio": {"enabled": False, "sidecar": False}},
-        {"redis": {"url": "rediss://h:6379/0?socket_timeout=1", "caSecret": "ca"}},
+        {"redis": {"url": "rediss://h:6379/0", "tls": {"caSecret": "ca"}}},
         {"replicas": 1},
     ],
 )

@@ -128,7 +128,9 @@ class TestRedis:
     def test_password_and_authorities_are_files(self) -> None:
         found = render_file(CI["redis-tls-acl"])
         env = found.env()
-        assert env["AUTHZ_REDIS_URL"].endswith(":6380/0?ssl_ca_certs=/etc/authz-server/redis-ca/ca.crt")
+        assert env["AUTHZ_REDIS_URL"] == "rediss://redis.data.svc.cluster.local:6380/0"
+        assert env["AUTHZ_REDIS_TLS_CA"] == "/etc/authz-server/redis-ca/ca.crt"
+        assert env["AUTHZ_REDIS_TLS_KEY"] == "/etc/authz-server/redis-client/tls.key"
         assert env["AUTHZ_REDIS_PASSWORD_FILE"] == "/etc/authz-server/redis/password"
         assert (env["AUTHZ_REDIS_USERNAME"], env["AUTHZ_REDIS_PREFIX"]) == ("authz", "prod")
         volumes = {volume["name"]: volume.get("secret") for volume in found.pod()["volumes"]}
@@ -138,12 +140,23 @@ class TestRedis:
         assert mounts["redis-password"]["mountPath"] == "/etc/authz-server/redis"
         assert mounts["redis-ca"]["readOnly"] is True
 
-    def test_a_url_with_options(self) -> None:
-        values = {"redis": {"url": "rediss://h/0?socket_timeout=1", "caSecret": "ca"}}
-        assert (
-            render(values).env()["AUTHZ_REDIS_URL"]
-            == "rediss://h/0?socket_timeout=1&ssl_ca_certs=/etc/authz-server/redis-ca/ca.crt"
-        )
+    def test_sentinels(self) -> None:
+        found = render_file(CI["redis-sentinel"])
+        env = found.env()
+        assert "AUTHZ_REDIS_URL" not in env
+        assert env["AUTHZ_REDIS_SENTINELS"].split(",") == [f"sentinel-{number}.data:26379" for number in range(3)]
+        assert (env["AUTHZ_REDIS_SENTINEL_PRIMARY"], env["AUTHZ_REDIS_DATABASE"]) == ("policy", "2")
+        assert env["AUTHZ_REDIS_SENTINEL_USERNAME"] == "watcher"
+        assert env["AUTHZ_REDIS_TLS"] == "true"
+        volumes = {volume["name"]: volume.get("secret") for volume in found.pod()["volumes"]}
+        assert volumes["sentinel-password"]["items"] == [{"key": "sentinel-password", "path": "password"}]
+        mounts = {mount["name"]: mount["mountPath"] for mount in found.container()["volumeMounts"]}
+        assert env["AUTHZ_REDIS_SENTINEL_PASSWORD_FILE"] == f"{mounts['sentinel-password']}/password"
+
+    def test_a_cluster(self) -> None:
+        env = render_file(CI["redis-cluster"]).env()
+        assert "AUTHZ_REDIS_URL" not in env
+        assert env["AUTHZ_REDIS_CLUSTER"] == "redis-0.data:7000,redis-1.data:7000,redis-2.data:7001"
 
 
 def test_own_tls_is_mounted_where_the_settings_say() -> None:

@@ -71,65 +71,109 @@ capabilities:
   drop: [ALL]
 {{- end }}
 
-{{- define "authz-server.redisUrl" -}}
-{{- if .Values.evaluation.enabled -}}
-redis://{{ include "authz-server.fullname" . }}-valkey:6379/0
-{{- else if .Values.redis.caSecret -}}
-{{ .Values.redis.url }}{{ contains "?" .Values.redis.url | ternary "&" "?" }}ssl_ca_certs=/etc/authz-server/redis-ca/ca.crt
-{{- else -}}
-{{ .Values.redis.url }}
-{{- end }}
-{{- end }}
-
 {{- /* The store, for the server and for authzctl: variables, since Jobs run before the ConfigMap is there. */ -}}
 {{- define "authz-server.redisEnv" -}}
+{{- $redis := .Values.redis -}}
+{{- if .Values.evaluation.enabled -}}
 - name: AUTHZ_REDIS_URL
-  value: {{ include "authz-server.redisUrl" . | quote }}
+  value: redis://{{ include "authz-server.fullname" . }}-valkey:6379/0
+{{- else if $redis.sentinel.nodes -}}
+- name: AUTHZ_REDIS_SENTINELS
+  value: {{ join "," $redis.sentinel.nodes | quote }}
+- name: AUTHZ_REDIS_SENTINEL_PRIMARY
+  value: {{ $redis.sentinel.primary | quote }}
+- name: AUTHZ_REDIS_DATABASE
+  value: {{ $redis.sentinel.database | quote }}
+{{- with $redis.sentinel.username }}
+- name: AUTHZ_REDIS_SENTINEL_USERNAME
+  value: {{ . | quote }}
+{{- end }}
+{{- if $redis.sentinel.existingSecret }}
+- name: AUTHZ_REDIS_SENTINEL_PASSWORD_FILE
+  value: /etc/authz-server/sentinel/password
+{{- end }}
+{{- else if $redis.cluster.nodes -}}
+- name: AUTHZ_REDIS_CLUSTER
+  value: {{ join "," $redis.cluster.nodes | quote }}
+{{- else -}}
+- name: AUTHZ_REDIS_URL
+  value: {{ $redis.url | quote }}
+{{- end }}
 - name: AUTHZ_REDIS_PREFIX
-  value: {{ .Values.redis.prefix | quote }}
-{{- with .Values.redis.username }}
+  value: {{ $redis.prefix | quote }}
+{{- with $redis.username }}
 - name: AUTHZ_REDIS_USERNAME
   value: {{ . | quote }}
 {{- end }}
-{{- if .Values.redis.existingSecret }}
+{{- if $redis.existingSecret }}
 - name: AUTHZ_REDIS_PASSWORD_FILE
   value: /etc/authz-server/redis/password
+{{- end }}
+{{- if $redis.tls.enabled }}
+- name: AUTHZ_REDIS_TLS
+  value: "true"
+{{- end }}
+{{- if $redis.tls.caSecret }}
+- name: AUTHZ_REDIS_TLS_CA
+  value: /etc/authz-server/redis-ca/ca.crt
+{{- end }}
+{{- if $redis.tls.clientSecret }}
+- name: AUTHZ_REDIS_TLS_CERTIFICATE
+  value: /etc/authz-server/redis-client/tls.crt
+- name: AUTHZ_REDIS_TLS_KEY
+  value: /etc/authz-server/redis-client/tls.key
+{{- end }}
+{{- end }}
+
+{{- /* Secrets of the store: a map of volume -> folder, Secret and the files taken from it. */ -}}
+{{- define "authz-server.redisSecrets" -}}
+{{- with .Values.redis }}
+{{- if .existingSecret }}
+redis-password: {folder: redis, secret: {{ .existingSecret | quote }}, items: [{key: {{ .passwordKey | quote }}, path: password}]}
+{{- end }}
+{{- if .sentinel.existingSecret }}
+sentinel-password: {folder: sentinel, secret: {{ .sentinel.existingSecret | quote }}, items: [{key: {{ .sentinel.passwordKey | quote }}, path: password}]}
+{{- end }}
+{{- if .tls.caSecret }}
+redis-ca: {folder: redis-ca, secret: {{ .tls.caSecret | quote }}, items: [{key: {{ .tls.caKey | quote }}, path: ca.crt}]}
+{{- end }}
+{{- if .tls.clientSecret }}
+redis-client: {folder: redis-client, secret: {{ .tls.clientSecret | quote }}, items: [{key: tls.crt, path: tls.crt}, {key: tls.key, path: tls.key}]}
+{{- end }}
 {{- end }}
 {{- end }}
 
 {{- define "authz-server.redisVolumeMounts" -}}
-{{- if .Values.redis.existingSecret }}
-- name: redis-password
-  mountPath: /etc/authz-server/redis
-  readOnly: true
-{{- end }}
-{{- if .Values.redis.caSecret }}
-- name: redis-ca
-  mountPath: /etc/authz-server/redis-ca
+{{- range $name, $secret := include "authz-server.redisSecrets" . | fromYaml }}
+- name: {{ $name }}
+  mountPath: /etc/authz-server/{{ $secret.folder }}
   readOnly: true
 {{- end }}
 {{- end }}
 
 {{- define "authz-server.redisVolumes" -}}
-{{- with .Values.redis }}
-{{- if .existingSecret }}
-- name: redis-password
+{{- range $name, $secret := include "authz-server.redisSecrets" . | fromYaml }}
+- name: {{ $name }}
   secret:
-    secretName: {{ .existingSecret }}
+    secretName: {{ $secret.secret }}
     defaultMode: 0440
     items:
-      - key: {{ .passwordKey }}
-        path: password
-{{- end }}
-{{- if .caSecret }}
-- name: redis-ca
-  secret:
-    secretName: {{ .caSecret }}
-    items:
-      - key: {{ .caKey }}
-        path: ca.crt
+      {{- toYaml $secret.items | nindent 6 }}
 {{- end }}
 {{- end }}
+
+{{- /* Ports of the store, as a JSON list: those that are named, else those that its addresses name. */ -}}
+{{- define "authz-server.redisPorts" -}}
+{{- $ports := .Values.networkPolicy.redis.ports -}}
+{{- if not $ports -}}
+{{- range concat .Values.redis.sentinel.nodes .Values.redis.cluster.nodes -}}
+{{- $ports = append $ports (regexFind "[0-9]+$" . | int) -}}
+{{- end -}}
+{{- if or .Values.redis.sentinel.nodes (not $ports) -}}
+{{- $ports = append $ports (regexFind ":[0-9]+$" (urlParse .Values.redis.url).host | trimPrefix ":" | default "6379" | int) -}}
+{{- end -}}
+{{- end -}}
+{{- $ports | uniq | toJson -}}
 {{- end }}
 
 {{- /* Where pods of every component may run. */ -}}
@@ -177,6 +221,10 @@ spec:
         {{- include "authz-server.redisEnv" $context | nindent 8 }}
         - name: AUTHZCTL_ACTOR
           value: {{ printf "helm/%s" $context.Release.Name | quote }}
+        {{- with $context.Values.settings.history_events }}
+        - name: AUTHZ_HISTORY_EVENTS
+          value: {{ int . | quote }}
+        {{- end }}
       securityContext:
         {{- include "authz-server.securityContext" $context | nindent 8 }}
       resources:
@@ -278,7 +326,7 @@ spec:
     - port: 6379
 {{- else }}
 - ports:
-    {{- range .Values.networkPolicy.redis.ports | default (list (regexFind ":[0-9]+$" (urlParse .Values.redis.url).host | trimPrefix ":" | default "6379")) }}
+    {{- range include "authz-server.redisPorts" . | fromJsonArray }}
     - port: {{ int . }}
     {{- end }}
   {{- with .Values.networkPolicy.redis.to }}

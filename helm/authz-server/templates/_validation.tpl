@@ -6,23 +6,33 @@ told at once.
 {{- $problems := list -}}
 {{- with .Values -}}
 
-{{- if and (not .redis.url) (not .evaluation.enabled) -}}
-{{- $problems = append $problems "redis.url is empty: name the Redis that holds the policy, such as redis://redis.example.svc:6379/0 (or try things out with evaluation.enabled)" -}}
+{{- $stores := list -}}
+{{- if .redis.url -}}{{- $stores = append $stores "redis.url" -}}{{- end -}}
+{{- if .redis.sentinel.nodes -}}{{- $stores = append $stores "redis.sentinel.nodes" -}}{{- end -}}
+{{- if .redis.cluster.nodes -}}{{- $stores = append $stores "redis.cluster.nodes" -}}{{- end -}}
+{{- if .evaluation.enabled -}}{{- $stores = append $stores "evaluation.enabled (which brings a Valkey of its own)" -}}{{- end -}}
+{{- if not $stores -}}
+{{- $problems = append $problems "redis: name the Redis that holds the policy by url, such as redis://redis.example.svc:6379/0, or by sentinel.nodes or cluster.nodes (or try things out with evaluation.enabled)" -}}
+{{- else if gt (len $stores) 1 -}}
+{{- $problems = append $problems (printf "%s: there is one store; leave the others out" (join " and " $stores)) -}}
 {{- end -}}
-{{- if and .redis.url .evaluation.enabled -}}
-{{- $problems = append $problems "evaluation.enabled brings a Valkey of its own: leave redis.url empty, or switch evaluation.enabled off" -}}
-{{- end -}}
-{{- if and .evaluation.enabled (or .redis.username .redis.existingSecret .redis.caSecret) -}}
-{{- $problems = append $problems "evaluation.enabled brings a Valkey without users, passwords and TLS: leave redis.username, redis.existingSecret and redis.caSecret empty" -}}
+{{- if and .evaluation.enabled (or .redis.username .redis.existingSecret .redis.tls.enabled .redis.tls.caSecret .redis.tls.clientSecret) -}}
+{{- $problems = append $problems "evaluation.enabled brings a Valkey without users, passwords and TLS: leave redis.username, redis.existingSecret and redis.tls out" -}}
 {{- end -}}
 {{- if regexMatch "^[a-z+]+://[^/?]*@" .redis.url -}}
 {{- $problems = append $problems "redis.url holds a user or a password: put the user into redis.username and the password into a Secret that redis.existingSecret names" -}}
 {{- end -}}
-{{- if and .redis.url (not (regexMatch "^rediss?(\\+[a-z]+)?://" .redis.url)) -}}
+{{- if and .redis.url (not (regexMatch "^rediss?://" .redis.url)) -}}
 {{- $problems = append $problems (printf "redis.url is %s: it must begin with redis:// (rediss:// for TLS)" .redis.url) -}}
 {{- end -}}
-{{- if and .redis.caSecret .redis.url (not (hasPrefix "rediss" .redis.url)) -}}
-{{- $problems = append $problems "redis.caSecret is set, but redis.url is without TLS: write rediss://" -}}
+{{- if and .redis.tls.enabled .redis.url -}}
+{{- $problems = append $problems "redis.tls.enabled is for sentinel.nodes and cluster.nodes: with redis.url write rediss:// instead" -}}
+{{- end -}}
+{{- if and (or .redis.tls.caSecret .redis.tls.clientSecret) $stores (not .redis.tls.enabled) (not (hasPrefix "rediss" .redis.url)) (not .evaluation.enabled) -}}
+{{- $problems = append $problems "redis.tls.caSecret or redis.tls.clientSecret is set, but Redis is asked without TLS: write rediss:// in redis.url, or set redis.tls.enabled with sentinel.nodes or cluster.nodes" -}}
+{{- end -}}
+{{- if and (or .redis.sentinel.username .redis.sentinel.existingSecret) (not .redis.sentinel.nodes) -}}
+{{- $problems = append $problems "redis.sentinel.username or redis.sentinel.existingSecret is set, but redis.sentinel.nodes is empty" -}}
 {{- end -}}
 
 {{- if le (int .drain.seconds) (int .drain.endpointPropagationSeconds) -}}
