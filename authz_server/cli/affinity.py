@@ -96,7 +96,7 @@ def tenant_add(
             return
 
         async def placed(store: Store) -> Wish:
-            snapshot = await load(store)
+            snapshot = await load(store, AFFINITY)
             return place_tenant(tenant_id, snapshot.tenants, snapshot.instances.values())
 
         writer.prepare(placed)
@@ -106,7 +106,7 @@ def tenant_add(
 def tenant_list(output: Output = OutputFormat.TABLE, redis_url: RedisUrl = None, config: Config = None) -> None:
     """Show all registered tenants and where they are pinned."""
     with reading(output, redis_url, config) as session:
-        snapshot = session.ask(load)
+        snapshot = session.ask(lambda store: load(store, AFFINITY))
         tenants = [snapshot.tenants[name] for name in sorted(snapshot.tenants)]
         if output is OutputFormat.JSON:
             print_json({**standing(snapshot), "tenants": [record_json(tenant) for tenant in tenants]})
@@ -339,7 +339,7 @@ def affinity_show(
         reader = Reader()
         reader.read(inputs.named("a tenant"), tenant)
         reader.done()
-        snapshot = session.ask(load)
+        snapshot = session.ask(lambda store: load(store, AFFINITY))
         record = snapshot.tenants.get(tenant)
         hashed = rendezvous(tenant, snapshot.instances.values())
         instance = snapshot.instances.get(record.instance or "") if record else None

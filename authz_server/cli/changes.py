@@ -463,8 +463,14 @@ class HoldTenant:
         draft = _Draft(known, now)
         key = _tenant_key(self.move.tenant)
         old = known.record(key)
-        if not isinstance(old, Tenant) or old.instance is None or (old.held and old.hold is None):
-            return self.move.plan(known, now)  # which says what is wrong, or what is left to do
+        if isinstance(old, Unreadable):
+            draft.refuse(
+                f"{key} cannot be read ({old.problem}), and servers may still use what it said before: "
+                "--at-once writes it anew"
+            )
+            return draft.finish()
+        if not isinstance(old, Tenant) or (old.held and old.hold is None):
+            return self.move.plan(known, now)  # which says what is wrong
         draft.rely_on_instance(self.move.instance)
         if old.hold is not None:
             if old.hold.to != self.move.instance:

@@ -89,7 +89,7 @@ def instance_add(
 def instance_list(output: Output = OutputFormat.TABLE, redis_url: RedisUrl = None, config: Config = None) -> None:
     """Show all instances and how many tenants are pinned to each."""
     with reading(output, redis_url, config) as session:
-        snapshot = session.ask(load)
+        snapshot = session.ask(lambda store: load(store, AFFINITY))
         pinned = dict.fromkeys(sorted(snapshot.instances), 0)
         for tenant in snapshot.tenants.values():
             if tenant.instance in pinned:
@@ -241,8 +241,9 @@ def instance_drain(
         async def draining(_: Store) -> Wish:
             return SetInstance("instance.drain", name, state=InstanceState.DRAINING)
 
-        async def take_out_of_use(store: Store) -> None:
+        async def take_out_of_use(store: Store) -> str:
             await carry_out(store, writer.order, draining, writer.confirm)
+            return f"{name} is draining all the same: it takes no new tenants; sent again, this command does the rest"
 
         async def what_is_left(store: Store) -> str:
             left = len(plan(await load(store, AFFINITY)))

@@ -181,14 +181,14 @@ class Mover:
         hold = {
             move: Hold(self._order.actor, move.instance, int(self._order.now), self._order.reason) for move in batch
         }
-        self._on_progress(before, total, "waiting for the servers to acknowledge the hold")
+        self._on_progress(before, total, "held; waiting for all servers")
         held = await self._do(Together(tuple(HoldTenant(move, hold[move]) for move in batch)))
         told = await wait_for_servers(self._store, held.position, seconds=how.wait_seconds)
         if told.interrupted:
             raise asyncio.CancelledError
         if not told.complete:
             raise NotAcknowledgedError(["not every server has acknowledged the hold", *_lagging(told)])
-        self._on_progress(before, total, "letting requests that were on their way arrive")
+        self._on_progress(before, total, "held; letting requests arrive")
         await asyncio.sleep(how.settle_seconds)
         await self._do(Together(tuple(map(SwitchTenant, batch))), counts=True)
 

@@ -10,6 +10,7 @@ import typer
 
 from authz_server.cli import inputs
 from authz_server.cli.changes import HoldTenant, MoveTenant, Together, Wish, counted
+from authz_server.cli.failures import AuthzctlError
 from authz_server.cli.inputs import Reader
 from authz_server.cli.moves import LARGEST_BATCH, Moved, Mover, OnProgress, Strictly, require_sound
 from authz_server.cli.output import OutputFormat, print_json, print_lines, print_table
@@ -109,12 +110,13 @@ def move(
     strictly: Strictly | None,
     batch: int,
     *,
-    before: Callable[[Store], Awaitable[object]] | None = None,
+    before: Callable[[Store], Awaitable[str]] | None = None,
     afterwards: Callable[[Store], Awaitable[str]] | None = None,
 ) -> None:
     """Move tenants in batches, once all problems and dangers were told.
 
-    `before` is done between that and the moves; what `afterwards` says is told at the end.
+    `before` is done between that and the moves, and what it says is told should they fail; what `afterwards` says is
+    told when they have not.
     """
 
     async def act(store: Store, show: OnProgress) -> Moved:
@@ -130,11 +132,14 @@ def move(
         mover = Mover(store, order, batch=batch, on_progress=show)
         if strictly and moves:
             await mover.require_servers(strictly)
-        if before:
-            await before(store)
+        done = await before(store) if before else ""
         moved = Moved("affinity.move", 0, ())
-        if moves:
-            moved = await (mover.strictly(moves, strictly) if strictly else mover.at_once(moves))
+        try:
+            if moves:
+                moved = await (mover.strictly(moves, strictly) if strictly else mover.at_once(moves))
+        except AuthzctlError as error:
+            error.problems += (done,) if done else ()
+            raise
         return replace(moved, notes=(*moved.notes, await afterwards(store))) if afterwards else moved
 
     writer.tell_many(act)

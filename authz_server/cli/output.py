@@ -172,10 +172,22 @@ def progress_shown(output: OutputFormat) -> Iterator[OnProgress]:
     if not console.is_terminal:
         yield lambda done, total, what: None if what else console.print(plain(f"{done:,} of {total:,} done"))
         return
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", table_column=Column(ratio=1)))
-    with Progress(*columns, console=console, transient=True, expand=True) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda done, total, what: progress.update(task, completed=done, total=total, description=escape(what))
+    columns = (
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}", table_column=Column(ratio=1)),
+    )
+    progress = Progress(*columns, console=console, transient=True, expand=True)
+    task = progress.add_task("", total=None)
+
+    def show(done: int, total: int, what: str) -> None:
+        progress.start()  # not before: somebody may have been asked something
+        progress.update(task, completed=done, total=total, description=escape(what))
+
+    try:
+        yield show
+    finally:
+        progress.stop()
 
 
 def print_moved(moved: Moved, output: OutputFormat) -> None:

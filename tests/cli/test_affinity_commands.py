@@ -1,9 +1,14 @@
 """`authzctl instance` and `affinity` against a real Valkey: many tenants at once, plans, what is told."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
 from support.authzctl import run, write
+
+from authz_server.demo.valkey import Valkey
+from authz_server.store.interface import Report
+from authz_server.store.redis_store import RedisStore
 
 pytestmark = pytest.mark.integration
 
@@ -115,3 +120,24 @@ def test_every_help_names_the_exit_codes(command: str) -> None:
     shown = run(*command.split(), "--help")
     assert shown.code == 0
     assert "Exit codes" in shown.out
+
+
+def test_a_drain_that_is_stopped_says_what_was_done(valkey: Valkey, instances: str) -> None:
+    """A server that hangs after its last report: nothing is held, and the instance is draining."""
+
+    async def report() -> None:
+        store = RedisStore(valkey.url, prefix=instances)
+        try:
+            await store.report(Report("pod-a", "p", 1.0, await store.position()), take_over=True)
+        finally:
+            await store.close()
+
+    write("affinity", "pin", "acme", "q1")
+    asyncio.run(report())
+    error = write("instance", "drain", "q1", "--apply", "--wait", "0", "-o", "json", code=4).error
+    assert error["problems"] == [
+        "nothing was held or moved: not every server would acknowledge a hold",
+        "pod-a: it decides by revision 4",
+        "q1 is draining all the same: it takes no new tenants; sent again, this command does the rest",
+    ]
+    assert pins() == {"acme": "q1"}

@@ -267,6 +267,14 @@ async def test_a_hold_for_another_instance_is_not_taken_over(mesh: Mesh) -> None
     assert await mesh.held() == ["t0"], "and bob's hold is not released"
 
 
+async def test_a_pin_that_cannot_be_read_is_not_moved_strictly(mesh: Mesh) -> None:
+    """Servers that read it before still use what it said."""
+    mesh.store.collections["tenants"]["t0"] = "{}"
+    with pytest.raises(MoveStoppedError, match="--at-once writes it anew"):
+        await mesh.mover().strictly([MoveTenant("t0", "q2")], QUICKLY)
+    assert (await mesh.store.position()).revision == 2
+
+
 async def test_another_ones_hold_for_the_same_move_is_asked_about(mesh: Mesh) -> None:
     await hold(mesh, "t0", "q2", "bob")
     asked: list[str] = []
