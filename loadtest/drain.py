@@ -14,7 +14,7 @@ from pathlib import Path
 from authz_server.demo.envoy import Envoy
 from loadtest.gateway import gateway_by_file, write_endpoints
 from loadtest.processes import Server, tool
-from loadtest.served import TRANSPORTS
+from loadtest.served import OURS
 
 TRIES = 10
 SECONDS = 3
@@ -46,7 +46,7 @@ def leave(transport: str) -> tuple[int, int]:
 def main() -> None:
     """Print a table."""
     print("| server | tries | requests | failed |\n|---|---|---|---|")
-    for transport in sys.argv[1:] or TRANSPORTS:
+    for transport in sys.argv[1:] or OURS:
         tries = [leave(transport) for _ in range(TRIES)]
         requests, failed = sum(made for made, _ in tries), sum(failed for _, failed in tries)
         print(f"| {transport} | {TRIES} | {requests} | {failed} |", flush=True)

@@ -17,24 +17,27 @@ import grpc
 from hpack import Encoder
 
 from loadtest.processes import CHECK, Server
-from loadtest.served import TRANSPORTS, build_requests
+from loadtest.served import OURS, build_requests
 
 SECONDS = 5.0
 """How long an attack may take."""
 DEADLINE_SECONDS = 0.2
-_MOST_CONNECTIONS = 500
+_MOST_CONNECTIONS = 2_000
 _MEBIBYTE = 1 << 20
 _DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _CONTINUATION = 0, 1, 3, 4, 6, 9
 _END_STREAM, _END_HEADERS, _ACK = 1, 4, 1
-_INITIAL_WINDOW, _MAX_FRAME = 4, 5
+_TABLE_SIZE, _INITIAL_WINDOW = 1, 4
 _CANCEL = (8).to_bytes(4, "big")
 
 
 class Peer:
     """One HTTP/2 connection that answers SETTINGS and PING, follows flow control, and else does what it is told."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, keeps_table: bool, reads: bool
+    ) -> None:
         self._reader, self._writer = reader, writer
+        self._keeps_table, self._reads = keeps_table, reads
         self._encoder = Encoder()
         self._next_stream = 1
         self._windows = {0: 65535}
@@ -43,9 +46,15 @@ class Peer:
         self._frames = asyncio.create_task(self._read())
 
     @classmethod
-    async def connect(cls, port: int) -> Self:
-        """Connect and greet."""
-        peer = cls(*await asyncio.open_connection("127.0.0.1", port))
+    async def connect(cls, port: int, *, keeps_table: bool = False, reads: bool = True) -> Self:
+        """Connect and greet.
+
+        Args:
+            port: the server's.
+            keeps_table: whether to go on using a dynamic table that the server does not want.
+            reads: whether to read on after the greeting.
+        """
+        peer = cls(*await asyncio.open_connection("127.0.0.1", port), keeps_table=keeps_table, reads=reads)
         peer._writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(_SETTINGS, 0, 0, b""))
         await peer._changed.wait()
         return peer
@@ -65,6 +74,8 @@ class Peer:
                     for at in range(0, len(payload), 6):
                         if int.from_bytes(payload[at : at + 2], "big") == _INITIAL_WINDOW:
                             self._initial_window = int.from_bytes(payload[at + 2 : at + 6], "big")
+                        if int.from_bytes(payload[at : at + 2], "big") == _TABLE_SIZE and not self._keeps_table:
+                            self._encoder.header_table_size = int.from_bytes(payload[at + 2 : at + 6], "big")
                     self._writer.write(_frame(_SETTINGS, _ACK, 0, b""))
                 elif kind == _PING and not flags & _ACK:
                     self._writer.write(_frame(_PING, _ACK, 0, payload))
@@ -73,6 +84,8 @@ class Peer:
                 elif kind == _RST_STREAM or (kind in (_DATA, _HEADERS) and flags & _END_STREAM):
                     self._windows.pop(stream, None)
                 self._changed.set()
+                if kind == _SETTINGS and not self._reads:
+                    await asyncio.Event().wait()
         except (OSError, asyncio.IncompleteReadError):
             self._changed.set()
 
@@ -178,15 +191,19 @@ async def _header_flood(port: int, peers: list[Peer]) -> None:
             await peer.write(_frame(_CONTINUATION, 0, stream, field_of_16_kib))
 
 
-async def _resets(port: int, peers: list[Peer]) -> None:
-    """Calls, complete, each reset at once; a new connection whenever the server hangs up."""
+def _check() -> bytes:
     message = build_requests(1)[0]
-    body = b"\0" + len(message).to_bytes(4, "big") + message
-    peer = await Peer.connect(port)
+    return b"\0" + len(message).to_bytes(4, "big") + message
+
+
+async def _resets(port: int, peers: list[Peer], *, keeps_table: bool = False) -> None:
+    """Calls, complete, each reset at once; a new connection whenever the server hangs up."""
+    body = _check()
+    peer = await Peer.connect(port, keeps_table=keeps_table)
     peers.append(peer)
     for number in range(20_000):
         if peer.gone:
-            peer = await Peer.connect(port)
+            peer = await Peer.connect(port, keeps_table=keeps_table)
             peers.append(peer)
         stream = await peer.open_stream()
         if await peer.send(stream, body, end=True):
@@ -195,12 +212,40 @@ async def _resets(port: int, peers: list[Peer]) -> None:
             await asyncio.sleep(0)
 
 
+async def _resets_by_table(port: int, peers: list[Peer]) -> None:
+    """The same from a client that keeps its dynamic table, told not to."""
+    await _resets(port, peers, keeps_table=True)
+
+
+async def _answers_unread(port: int, peers: list[Peer]) -> None:
+    """Calls and pings without an end on 8 connections whose answers nobody reads."""
+    body = _check()
+
+    async def one() -> None:
+        peer = await Peer.connect(port, reads=False)
+        peers.append(peer)
+        while not peer.gone:
+            stream = await peer.open_stream()
+            await peer.write(_frame(_DATA, _END_STREAM, stream, body) + _frame(_PING, 0, 0, bytes(8)) * 10)
+
+    await asyncio.gather(*(one() for _ in range(8)))
+
+
+async def _silent_connections(port: int, peers: list[Peer]) -> None:
+    """1,500 connections that greet and then say nothing."""
+    for _ in range(1_500):
+        peers.append(await Peer.connect(port))
+
+
 ATTACKS: dict[str, Callable[[int, list[Peer]], Awaitable[None]]] = {
     "one message of 400 MiB": _huge_message,
     "1,024 messages of 16 MiB, unfinished": _many_large_messages,
     "10,000 streams, stalled": _many_slow_streams,
     "heads without an end": _header_flood,
     "20,000 resets": _resets,
+    "20,000 resets, dynamic table kept": _resets_by_table,
+    "answers and pongs never read": _answers_unread,
+    "1,500 silent connections": _silent_connections,
 }
 
 
@@ -266,7 +311,7 @@ def main() -> None:
         "| server | attack | memory, at most | bystander's calls failed | its p99, ms "
         "| connections ended by the server |\n|---|---|---|---|---|---|"
     )
-    for transport in sys.argv[1:] or TRANSPORTS:
+    for transport in sys.argv[1:] or OURS:
         for name in ATTACKS:
             with Server(transport) as server:
                 print(f"| {transport} | {name} | {attack(server, name)} |", flush=True)

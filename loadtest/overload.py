@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from loadtest.processes import Server, calls_per_second, run_h2load
-from loadtest.served import TRANSPORTS
+from loadtest.served import OURS
 
 MULTIPLES = (0.5, 2, 5)
 SECONDS = 5
@@ -43,7 +43,7 @@ def offer(server: Server, per_second: float) -> tuple[float, float, float]:
 def main() -> None:
     """Print a table."""
     print("| server | offered, of peak | calls ended/s | answers in time/s | of peak |\n|---|---|---|---|---|")
-    for transport in sys.argv[1:] or TRANSPORTS:
+    for transport in sys.argv[1:] or OURS:
         with Server(transport) as server:
             calls_per_second(server, 2_000)
             peak = calls_per_second(server, 15_000)

@@ -17,7 +17,7 @@ from h2.connection import H2Connection
 from authz_server.demo.envoy import Envoy
 from loadtest.gateway import answering_gateway
 from loadtest.processes import Server, tool
-from loadtest.served import TRANSPORTS
+from loadtest.served import OURS
 
 SECONDS = 5
 BURSTS = (0, 20, 100)
@@ -71,7 +71,7 @@ def main() -> None:
         "| server | aborted/s | others' requests/s | others' checks failed | connections from Envoy |\n"
         "|---|---|---|---|---|"
     )
-    for transport in sys.argv[1:] or TRANSPORTS:
+    for transport in sys.argv[1:] or OURS:
         for burst in BURSTS:
             print(f"| {transport} | {attack(transport, burst)} |", flush=True)
 

@@ -10,8 +10,9 @@ import importlib
 import ipaddress
 import random
 import sys
+from collections.abc import Callable
 from itertools import cycle
-from typing import Any
+from typing import Any, Protocol
 
 from authz_server.ext_authz._generated import ext_authz_pb2
 from authz_server.ext_authz.check_response import ResponseOptions
@@ -32,6 +33,7 @@ MAX_REQUEST_BYTES = 1 << 20
 
 TRANSPORTS = {
     "grpcio": "authz_server.ext_authz.grpcio_transport:GrpcioTransport",
+    "echo": "loadtest.echo:EchoTransport",
     "native": "authz_server.ext_authz.native_transport:NativeTransport",
 }
 
@@ -92,6 +94,18 @@ def build_policy() -> Snapshot:
         revision=1,
         options=DecisionOptions(),
     )
+
+
+OURS = ("grpcio", "native")
+
+
+class Serving(Protocol):
+    """What a measured transport asks."""
+
+    answers: int
+    """Checks answered so far."""
+
+    check: Callable[[bytes], bytes]
 
 
 class Constant:

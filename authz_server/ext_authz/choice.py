@@ -69,5 +69,5 @@ def choose_transport(
                 max_wait_seconds=max_wait_seconds,
             )
             return fast, TransportName.NATIVE, why if wanted is TransportName.NATIVE else "the fastest there is"
-    reference = GrpcioTransport(checker, listen=listen, tls=tls, health=health, max_wait_seconds=max_wait_seconds)
+    reference = GrpcioTransport(checker, listen=listen, tls=tls, health=health)
     return reference, TransportName.GRPCIO, why

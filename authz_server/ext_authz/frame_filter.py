@@ -41,12 +41,16 @@ _MAX_HEAD_BYTES = 16 << 20
 _MAX_EARLY_HEADS = 1024
 """Header blocks before the client acknowledged our settings. Envoy does that at once, having sent what was waiting."""
 STREAMS = 32
-"""Stated to clients as SETTINGS_MAX_CONCURRENT_STREAMS. Envoy opens another connection when it needs more."""
+"""Stated to clients as SETTINGS_MAX_CONCURRENT_STREAMS, so that what is too much waits on their side, where it costs
+nothing here. Envoy opens another connection when it needs more. Not enforced: what was sent before the client heard of
+it is answered."""
 MAX_UNANSWERED = 1024
 """Calls of one connection that the server behind has and whose answers did not come yet; more are answered here. More
 than STREAMS, for the calls that a client resets go on being answered, and it may open others in their place."""
 MAX_OTHER_CALLS = 64
 """Calls of other methods (health, reflection) at a time on one connection; those are never shed for load."""
+MAX_UNFINISHED = 256
+"""Streams of one connection that the client has opened and not ended. Envoy ends each in the write that opens it."""
 OTHER_CALL_BYTES = 64 * 1024
 """All that a client may send in one of those."""
 OPEN_STREAM_BYTES = 64 * 1024
@@ -119,7 +123,9 @@ class _Open:
 
     since: float
     is_check: bool
-    reserved: int
+    wanted: int = OPEN_STREAM_BYTES
+    """What it has to have reserved, if it is still open when all that came with it is read."""
+    reserved: int = 0
     prefix: bytes = b""
     """The first bytes of the message, while they are too few to tell its length."""
     left: int = -1
@@ -173,6 +179,8 @@ class Connection:
         self._last_stream = 0
         self._last_passed = 0
         self._open: dict[int, _Open] = {}
+        self._unreserved: list[int] = []
+        """Streams that may have less memory reserved than they want."""
         self._others: set[int] = set()
         """Unanswered calls of other methods than Check."""
         self._cut: set[int] = set()
@@ -303,9 +311,25 @@ class Connection:
         if passed < at:
             to_server.append(buffer[passed:at] if passed or at < size else buffer)
         self._from_client = buffer[at:]
+        if self._unreserved:
+            self._reserve()
         if self._credit > 0:
             self.to_client.append(frame(WINDOW_UPDATE, 0, 0, self._credit.to_bytes(4, "big")))
             self._credit = 0
+
+    def _reserve(self) -> None:
+        """Reserve memory for what is unfinished; end streams that there is none for."""
+        for stream in self._unreserved:
+            opened = self._open.get(stream)
+            if opened is None or opened.reserved == opened.wanted:
+                continue
+            if self._memory.reserve(opened.wanted - opened.reserved):
+                opened.reserved = opened.wanted
+            else:
+                self._backlog.shed += 1
+                instead = self._markers.unavailable if opened.left < 0 else None
+                self.to_server.append(self._cut_off(stream, instead, ended=False))
+        self._unreserved.clear()
 
     def _other_frame(self, kind: int, flags: int, stream: int, payload: bytes) -> bytes:
         """Handle a frame, and return what the server behind gets in its place."""
@@ -371,12 +395,8 @@ class Connection:
         self._last_stream = stream
         is_check = path == _CHECK_PLAIN
         ended = bool(flags & END_STREAM)
-        reserved = 0 if ended else OPEN_STREAM_BYTES
-        if (
-            (self._backlog.full if is_check else len(self._others) >= MAX_OTHER_CALLS)
-            or self.unanswered >= MAX_UNANSWERED
-            or (reserved and not self._memory.reserve(reserved))
-        ):
+        busy = self._backlog.full if is_check else len(self._others) >= MAX_OTHER_CALLS
+        if busy or self.unanswered >= MAX_UNANSWERED or len(self._open) >= MAX_UNFINISHED:
             self._shed(stream, ended=ended)
             return b""
         self._last_passed = stream
@@ -384,7 +404,8 @@ class Connection:
         if not is_check:
             self._others.add(stream)
         if not ended:
-            self._open[stream] = _Open(self._clock(), is_check, reserved, left=-1 if is_check else OTHER_CALL_BYTES)
+            self._open[stream] = _Open(self._clock(), is_check, left=-1 if is_check else OTHER_CALL_BYTES)
+            self._unreserved.append(stream)
         return frame(HEADERS, END_HEADERS | (flags & END_STREAM), stream, block)
 
     def _decode_path(self, block: bytes) -> bytes:
@@ -431,12 +452,8 @@ class Connection:
             if declared > self._max_message_bytes:
                 self._credit += len(payload)
                 return self._cut_off(stream, self._markers.too_large, ended=ended)
-            if not ended:
-                if not self._memory.reserve(declared):
-                    self._backlog.shed += 1
-                    self._credit += len(payload)
-                    return self._cut_off(stream, self._markers.unavailable, ended=False)
-                opened.reserved += declared
+            opened.wanted += declared
+            self._unreserved.append(stream)
         opened.left -= len(payload)
         if opened.left < 0:  # a check is one message
             self._credit += len(payload)

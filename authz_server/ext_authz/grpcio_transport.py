@@ -25,6 +25,13 @@ _PING_INTERVAL_MS = 100
 """Envoy's `connection_keepalive` may ping this often. C-core's own limit is 300 s, and two hours without a call; it
 hangs up on who pings more often."""
 
+_STREAMS = 256
+"""Calls that a client may have open on one connection. C-core refuses more also from a client that has not heard of it
+yet, and Envoy sends at once what was waiting for a connection: so it cannot be low."""
+_RESERVE_SECONDS = 0.01
+"""A check whose deadline is nearer than this is shed: its answer would come too late. How long a check has waited,
+which is what the other transport goes by, is not to be had from C-core."""
+
 _QUIET_TICK_SECONDS = 0.005
 _QUIET_TICKS = 4
 """So many ticks in a row without a check mean that none is waiting; several, as one may be lost to a busy loop."""
@@ -41,7 +48,6 @@ class GrpcioTransport:
         tls: TlsFiles | None,
         health: Readiness,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
-        max_wait_seconds: float = 0.1,
     ) -> None:
         """Make a transport that is not listening yet.
 
@@ -51,14 +57,12 @@ class GrpcioTransport:
             tls: None serves plain text.
             health: what the health service reports.
             max_message_bytes: see MAX_MESSAGE_BYTES.
-            max_wait_seconds: checks that have waited for longer are answered UNAVAILABLE.
         """
         self._checker = checker
         self._listen = listen
         self._tls = tls
         self._readiness = health
         self._max_message_bytes = max_message_bytes
-        self._max_wait_seconds = max_wait_seconds
         self._received = 0
         self.shed = 0
         """Calls answered UNAVAILABLE for lack of time, so far."""
@@ -87,6 +91,9 @@ class GrpcioTransport:
                 # from 8 KiB on by chance and from 16 KiB on always, by an RPC error: with fail-open, a way past us.
                 ("grpc.max_metadata_size", self._max_message_bytes),
                 ("grpc.absolute_max_metadata_size", self._max_message_bytes),
+                # The queue of calls is C-core's own, and nothing tells how long it is: what clients may have open
+                # bounds it, and those that want more wait on their side, where it costs nothing here.
+                ("grpc.max_concurrent_streams", _STREAMS),
                 # Two processes on one port would share its connections, and Envoy has only one for each worker.
                 ("grpc.so_reuseport", 0),
                 ("grpc.http2.min_ping_interval_without_data_ms", _PING_INTERVAL_MS),
@@ -133,6 +140,10 @@ class GrpcioTransport:
 
     async def _check(self, data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
         self._received += 1
+        seconds_left = context.time_remaining()
+        if seconds_left is not None and seconds_left < _RESERVE_SECONDS:
+            self.shed += 1
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "overloaded")
         try:
             return self._checker.check(data)
         except CannotDecideError as error:

@@ -289,13 +289,23 @@ class TestHostile:
         assert line.client.outbound_flow_control_window == 65535 - len(message(MARKERS.too_large))
         assert line.memory.reserved == 0
 
-    def test_no_memory_for_a_message_is_unavailable(self) -> None:
+    def test_no_memory_for_a_head_that_stands_alone_is_unavailable(self) -> None:
+        line = Line(memory=Memory(lambda: False, max_bytes=OPEN_STREAM_BYTES - 1))
+        stream, whole = line.call(None), line.call()
+        line.carry()
+        assert line.requests() == {
+            stream: (PATH, message(MARKERS.unavailable), True),
+            whole: (PATH, message(b"request"), True),
+        }
+        assert line.backlog.shed == 1
+
+    def test_no_memory_for_the_rest_of_a_message_ends_it(self) -> None:
         line = Line(memory=Memory(lambda: False, max_bytes=OPEN_STREAM_BYTES + 20_000))
         stream = line.call(None)
         line.client.send_data(stream, message(bytes(30_000))[:100])
         line.carry()
-        assert line.requests() == {stream: (PATH, message(MARKERS.unavailable), True)}
-        assert line.memory.reserved == 0
+        assert line.requests() == {stream: (PATH, message(bytes(30_000))[:100], True)}
+        assert (line.memory.reserved, line.backlog.shed) == (0, 1)
 
     def test_more_than_the_backlog_takes_is_shed_without_the_server(self) -> None:
         line = Line()
