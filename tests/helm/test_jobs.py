@@ -45,12 +45,41 @@ class TestInit:
         assert render({"init": {"enabled": False}}).of("init.yaml") == []
 
 
+def cron_container(cronjob: Object) -> Object:
+    return container(cronjob["spec"]["jobTemplate"]["spec"]["template"])
+
+
+class TestCronJobs:
+    def test_by_default_and_one_at_a_time(self) -> None:
+        jobs = render().of("cronjobs.yaml")
+        assert [job["metadata"]["name"] for job in jobs] == ["authz-server-cleanup"]
+        assert {job["spec"]["concurrencyPolicy"] for job in jobs} == {"Forbid"}
+
+    def test_cleanup(self) -> None:
+        (job,) = render({"cleanup": {"olderThan": "2d"}}).of("cronjobs.yaml")
+        assert cron_container(job)["args"] == ["cleanup", "--older-than", "2d"]
+        assert job["spec"]["schedule"] == "23 3 * * *"
+
+    def test_with_the_server_s_redis(self) -> None:
+        found = render_file(CI["redis-sentinel"])
+        env = {name: value for name, value in found.env().items() if name.startswith("AUTHZ_REDIS_")}
+        for job in found.of("cronjobs.yaml"):
+            assert env.items() <= plain_env(cron_container(job)).items()
+            assert plain_env(cron_container(job))["AUTHZ_HISTORY_EVENTS"] == "50000"
+            labels = job["spec"]["jobTemplate"]["spec"]["template"]["metadata"]["labels"]
+            assert labels["app.kubernetes.io/component"] == "authzctl", "which a network policy lets out to Redis"
+
+
 def commands() -> list[Any]:
     found = render_file(CI["own-tls"])
     init = container(found.one("init.yaml")["spec"]["template"])
     check = container(found.of("tests/check.yaml")[1])
     return [
         pytest.param(init["command"], init["args"], authzctl.app, id="init"),
+        *(
+            pytest.param(job["command"], job["args"], authzctl.app, id=job["args"][0])
+            for job in map(cron_container, found.of("cronjobs.yaml"))
+        ),
         pytest.param(["authz-server"], found.container()["args"], authz_server.app, id="serve"),
         pytest.param(["authz-server"], check["args"], authz_server.app, id="test"),
     ]

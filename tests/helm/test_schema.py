@@ -42,6 +42,7 @@ from support.helm import nested, render
         ("istio.customPolicy.exemptPaths", ["healthz"]),
         ("istio.customPolicy.exemptPaths", ["/public*"]),
         ("istio.gateway.trustedHops", -1),
+        ("cleanup.olderThan", "soon"),
         ("serviceMonitor.interval", 15),
         ("extraObjects", [7]),
     ],

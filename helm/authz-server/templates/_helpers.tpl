@@ -192,7 +192,7 @@ tolerations:
 {{- end }}
 {{- end }}
 
-{{- /* A pod that runs one authzctl command and ends: a dictionary with context, component and args. */ -}}
+{{- /* A pod that runs one authzctl command and ends: a dictionary with context, component, args and restartPolicy. */ -}}
 {{- define "authz-server.authzctlPod" -}}
 {{- $context := .context -}}
 metadata:
@@ -202,7 +202,7 @@ metadata:
     sidecar.istio.io/inject: "false"
     {{- end }}
 spec:
-  restartPolicy: OnFailure
+  restartPolicy: {{ .restartPolicy }}
   automountServiceAccountToken: false
   enableServiceLinks: false
   {{- with include "authz-server.scheduling" $context }}
@@ -228,11 +228,7 @@ spec:
       securityContext:
         {{- include "authz-server.securityContext" $context | nindent 8 }}
       resources:
-        requests:
-          cpu: 50m
-          memory: 64Mi
-        limits:
-          memory: 256Mi
+        {{- toYaml $context.Values.jobResources | nindent 8 }}
       {{- with include "authz-server.redisVolumeMounts" $context }}
       volumeMounts:
         {{- . | nindent 8 }}
