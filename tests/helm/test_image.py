@@ -108,7 +108,8 @@ def test_size(image: Path) -> None:
 
 
 def log_of(container: Container) -> list[dict[str, object]]:
-    return [json.loads(line) for line in container.running.log_path.read_text().splitlines()]
+    text = container.running.log_path.read_text()
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def test_the_chart_s_commands_under_the_chart_s_limits(image: Path, own_valkey: Valkey, tmp_path: Path) -> None:
@@ -131,6 +132,7 @@ def test_the_chart_s_commands_under_the_chart_s_limits(image: Path, own_valkey: 
     server = found.container()
     environ = plain_env(server) | replaced
     (state,) = [mount["mountPath"] for mount in server["volumeMounts"] if mount["name"] == "state"]
+    (tmp,) = [mount["mountPath"] for mount in server["volumeMounts"] if mount["name"] == "tmp"]
     (size,) = [volume["emptyDir"]["sizeLimit"] for volume in found.pod()["volumes"] if volume["name"] == "state"]
     with Container(
         tmp_path,
@@ -139,7 +141,7 @@ def test_the_chart_s_commands_under_the_chart_s_limits(image: Path, own_valkey: 
         ["authz-server", *server["args"]],
         environ=environ,
         files={environ["AUTHZ_CONFIG"]: settings},
-        volumes={state: size},
+        volumes={state: size, tmp: "16Mi"},
     ) as container:
         container.running.wait_until(
             lambda: any(line["event"] == "ready" for line in log_of(container)), what="ready in the log", timeout=30
@@ -148,7 +150,7 @@ def test_the_chart_s_commands_under_the_chart_s_limits(image: Path, own_valkey: 
         assert container.status("Gid").split() == ["65532"] * 4
         assert {int(container.status(name), 16) for name in ("CapEff", "CapPrm", "CapBnd", "CapInh", "CapAmb")} == {0}
         assert container.status("NoNewPrivs") == "1"
-        assert container.writable_mounts() == {state}
+        assert container.writable_mounts() == {state, tmp}
         snapshot = Path(f"/proc/{container.running.pid}/root{found.settings()['snapshot_file']}")
         assert snapshot.stat().st_uid == 65532
 

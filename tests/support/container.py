@@ -106,11 +106,13 @@ class Container:
         self.memory_limit = memory_bytes(container["resources"]["limits"]["memory"])
         self._group: _MemoryGroup | None = None
         self._root = tempfile.TemporaryDirectory(prefix="authz-container-")
-        parts = [*self._system(), "folder", sys.base_prefix, sys.base_prefix, "folder", str(image), str(image)]
-        for path, file in (files or {}).items():
-            parts += ["file", str(file), path]
+        # Volumes first: the image may stand in a folder of /tmp, which a volume would cover.
+        parts = []
         for path, size in (volumes or {}).items():
             parts += ["volume", size.replace("Mi", "m").replace("Gi", "g"), path]
+        parts += [*self._system(), "folder", sys.base_prefix, sys.base_prefix, "folder", str(image), str(image)]
+        for path, file in (files or {}).items():
+            parts += ["file", str(file), path]
         drop = [
             *("setpriv", f"--reuid={pod_security['runAsUser']}", f"--regid={pod_security['runAsGroup']}"),
             *(f"--groups={pod_security['fsGroup']}", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"),
