@@ -70,7 +70,7 @@ check-generated: protos readme dashboard chart lock ## Fail when a generated fil
 	git diff --exit-code -- $(GENERATED) README.md helm requirements.txt requirements-build.txt requirements-dev.txt tests/istio/envoys
 
 lock: $(READY) ## Resolve exact versions with hashes (UPGRADE=--upgrade for newer ones)
-	$(LOCK) pyproject.toml -o requirements.txt
+	$(LOCK) --extra tracing pyproject.toml -o requirements.txt
 	$(LOCK) --group build -o requirements-build.txt
 	$(LOCK) --constraint requirements.txt --constraint requirements-build.txt --extra demo --extra dev --extra tracing pyproject.toml -o requirements-dev.txt
 	for version in $(ENVOYS); do \

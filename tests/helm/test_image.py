@@ -107,6 +107,14 @@ def test_size(image: Path) -> None:
     assert any(image.rglob("server.*.pyc")), "bytecode is there, for nothing can be written later"
 
 
+def test_it_can_do_what_the_settings_offer(image: Path) -> None:
+    """The optional parts are in the image."""
+    environ = {"AUTHZ_OTLP_ENDPOINT": "http://127.0.0.1:4317", "AUTHZ_TRANSPORT": "native"}
+    command = [image / "bin" / "authz-server", "check-config"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "OK\n"), done.stderr
+
+
 def log_of(container: Container) -> list[dict[str, object]]:
     text = container.running.log_path.read_text()
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]

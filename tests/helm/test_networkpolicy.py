@@ -85,6 +85,11 @@ def test_only_the_chart_s_own_pods_reach_its_valkey() -> None:
     assert "egress" not in found
 
 
+def test_the_collector_of_traces() -> None:
+    found = policy(render({"settings": {"otlp_endpoint": "http://collector.observability:4317"}}), "server")
+    assert [4317] in ports(found["egress"])
+
+
 def test_further_rules() -> None:
     found = policy(render_file(CI["extra-objects"]), "server")
     assert found["ingress"][-1]["from"] == [{"ipBlock": {"cidr": "192.0.2.0/24"}}]
