@@ -228,6 +228,12 @@ class TestNotes:
         assert words in render_file(CI[name]).notes
         assert words not in render().notes
 
+    def test_an_outage_of_redis_that_opens(self) -> None:
+        settings = {"max_snapshot_age_seconds": 3600}
+        opened = render({"settings": settings, "istio": {"provider": {"failOpen": True}}}).notes
+        assert "once Redis has been away for 3600 seconds" in opened
+        assert "Redis has been away" not in render({"settings": settings}).notes
+
     def test_headers_that_nobody_strips(self) -> None:
         notes = render({"istio": {"stripHeaders": {"enabled": False}}}).notes
         assert "x-tenant-instance before the route is chosen" in notes
