@@ -130,11 +130,13 @@ def test_the_chart_s_commands_under_the_chart_s_limits(image: Path, own_valkey: 
         "AUTHZ_ADMIN_LISTEN": "127.0.0.1:0",
         "AUTHZ_DRAIN_SECONDS": "0",
     }
-    job = found.one("init.yaml")["spec"]["template"]["spec"]
-    (init,) = job["containers"]
-    environ = plain_env(init) | {"AUTHZ_REDIS_URL": own_valkey.url}
-    for _ in range(2):  # an installation after the first finds a policy
-        with Container(tmp_path, image, job, [*init["command"], *init["args"]], environ=environ) as container:
+    init = found.one("init.yaml")["spec"]["template"]["spec"]
+    jobs = [init, init]  # an installation after the first finds a policy
+    jobs += [job["spec"]["jobTemplate"]["spec"]["template"]["spec"] for job in found.of("cronjobs.yaml")]
+    for pod in jobs:
+        (command,) = pod["containers"]
+        environ = plain_env(command) | {"AUTHZ_REDIS_URL": own_valkey.url}
+        with Container(tmp_path, image, pod, [*command["command"], *command["args"]], environ=environ) as container:
             assert container.running.wait(30) == 0, container.running.tail()
 
     server = found.container()
