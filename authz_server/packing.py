@@ -8,14 +8,19 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from authz_server.policy.snapshot import DecisionOptions, Snapshot, SnapshotDraft, build_snapshot
+from authz_server.policy.addresses import Network, parse_network
+from authz_server.policy.networks import ColumnsDraft, NetworkTable
+from authz_server.policy.records import RecordKind
+from authz_server.policy.snapshot import DecisionOptions, Snapshot, SnapshotDraft
 from authz_server.snapshot_file import Stamp, apply_change_row, open_packed, pack, remove_drafts, save_file, write_all
 from authz_server.store.address import RedisAddress
-from authz_server.store.interface import LoadedPolicy, Position, StoreError
-from authz_server.store.redis_store import RedisStore
+from authz_server.store.interface import Position, StoreError
+from authz_server.store.keys import record_key_of
+from authz_server.store.redis_store import LeanPolicy, RedisStore
 
 _NICENESS = 10
 """Checks come first."""
@@ -52,17 +57,44 @@ def _load(order: dict[str, Any], orders: BinaryIO) -> tuple[Snapshot, Stamp, tup
     """Read the store."""
     threading.Thread(target=_leave_with, args=(orders,), daemon=True).start()
 
-    async def load() -> LoadedPolicy:
+    async def load() -> LeanPolicy:
         store = RedisStore(RedisAddress.from_json(order["store"]["where"]), prefix=order["store"]["prefix"])
         try:
-            return await store.load()
+            return await store.load_lean()
         finally:
             await store.close()
 
     policy = asyncio.run(load())
     stamp = Stamp(policy.position, time.time(), order["origin"])
-    epoch, revision = policy.position.epoch, policy.position.revision
-    return build_snapshot(policy.records, epoch=epoch, revision=revision, options=_PLAIN), stamp, policy.edited
+    return _snapshot(policy), stamp, policy.edited
+
+
+def _snapshot(policy: LeanPolicy) -> Snapshot:
+    """Build the snapshot, and take the policy apart on the way: both at once would need too much memory."""
+    draft = SnapshotDraft(Snapshot(policy.position.epoch, policy.position.revision, _PLAIN))
+    columns = ColumnsDraft()
+    places = []
+
+    def expiries(collection: str, members: dict[str, Any]) -> Iterator[tuple[Network, int]]:
+        while members:
+            name, kept = members.popitem()
+            if isinstance(kept, int):
+                yield parse_network(name), kept
+            else:
+                draft.put(record_key_of(collection, name), kept)
+
+    while policy.collections:
+        collection, members = policy.collections.popitem()
+        key = record_key_of(collection, "")
+        if key.kind is RecordKind.ENTRY:
+            places.append((key.list_name, columns.add(expiries(collection, members))))
+        for name, record in members.items():
+            draft.put(record_key_of(collection, name), record)
+    made = columns.columns()
+    for list_name, (ranges, size) in places:
+        if size:
+            draft.put_table(list_name, NetworkTable(made, ranges, size))
+    return draft.done(policy.position.revision)
 
 
 def _repack(order: dict[str, Any], orders: BinaryIO) -> tuple[Snapshot, Stamp, tuple[str, ...]]:

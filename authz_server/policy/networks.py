@@ -99,6 +99,11 @@ class Columns:
         return cls(v4, v6, v6_long, *sections[4 * len(_FAMILIES) :])
 
 
+_LONG = 2
+"""The number of v6_long among the families."""
+_Numbers: TypeAlias = tuple[list[int], list[int], list[int]]
+"""Of each family."""
+
 Ranges = tuple[int, int, int, int, int, int]
 """Where a table's networks are: start and end among v4, v6 and the groups of v6_long."""
 
@@ -124,6 +129,11 @@ class NetworkTable:
 
     def __len__(self) -> int:
         return self._size
+
+    @property
+    def placed(self) -> tuple[Columns, Ranges]:
+        """The columns, and where in them this table is, as it was before its changes."""
+        return self._columns, self._ranges
 
     @property
     def changes(self) -> int:
@@ -185,8 +195,12 @@ class NetworkTable:
         for network, expiry in self._column_items():
             if changed is None or changed.get(network) is None:
                 yield network, expiry
-        if changed:
-            yield from ((network, expiry) for network, expiry in changed.items() if expiry != _REMOVED)
+        yield from ((network, expiry) for network, expiry in self.changed_items() if expiry != _REMOVED)
+
+    def changed_items(self) -> Iterator[tuple[Network, int]]:
+        """Yield the networks that differ from the columns, with their expiries or _REMOVED."""
+        if self._changes:
+            yield from self._changes.items()
 
     def _column_items(self) -> Iterator[tuple[Network, int]]:
         start_4, end_4, start_6, end_6, first_group, last_group = self._ranges
@@ -306,55 +320,99 @@ class ColumnsDraft:
 
     def add(self, items: Iterable[tuple[Network, int]]) -> tuple[Ranges, int]:
         """Append the networks of a table, and return what its constructor wants beside the columns."""
-        # A number for each network that sorts as the rows do.
-        v4: dict[int, int] = {}
-        v6: dict[int, int] = {}
-        long: dict[int, int] = {}
+        numbers: _Numbers = ([], [], [])
+        expiring: tuple[dict[int, int], ...] = ({}, {}, {})
         for network, expiry in items:
-            if network.version == 4:
-                v4[network.first << _LENGTH_BITS | network.prefix_length] = expiry
-            elif network.prefix_length <= _KEY_BITS:
-                v6[network.first >> _KEY_BITS << _LENGTH_BITS | network.prefix_length] = expiry
-            else:
-                long[network.first << _LENGTH_BITS | network.prefix_length - _KEY_BITS] = expiry
-        range_4, range_6 = self._append(0, v4), self._append(1, v6)
-        first_group, start = len(self._groups), len(self._families[2][0])
-        last = -1
-        for row, number in enumerate(sorted(long), start):
-            high = number >> _KEY_BITS + _LENGTH_BITS
-            if high != last:
-                last = high
-                self._groups.append(high)
-                self._group_starts.append(row)
-        self._append(2, long)
-        return (*range_4, *range_6, first_group, len(self._groups)), len(v4) + len(v6) + len(long)
+            family, number = _number(network)
+            numbers[family].append(number)
+            # Of a network that comes twice the later one counts.
+            if expiry != NEVER:
+                expiring[family][number] = expiry
+            elif expiring[family]:
+                expiring[family].pop(number, None)
+        return self._append_all(numbers, expiring)
 
     def add_table(self, table: NetworkTable) -> tuple[Ranges, int]:
         """Append the networks of a table that there is; returns what `add` does."""
-        return self.add(table.items())
+        columns, (start_4, end_4, start_6, end_6, first_group, last_group) = table.placed
+        numbers: _Numbers = ([], [], [])
+        expiring: tuple[dict[int, int], ...] = ({}, {}, {})
+        parts = [(0, columns.v4, 0, start_4, end_4), (1, columns.v6, 0, start_6, end_6)]
+        parts += [
+            (2, columns.v6_long, columns.groups[group] << _KEY_BITS, *columns.group_starts[group : group + 2])
+            for group in range(first_group, last_group)
+        ]
+        for family, rows, high, start, end in parts:
+            numbers[family].extend(
+                (high | key) << _LENGTH_BITS | length
+                for key, length in zip(rows.keys[start:end], rows.lengths[start:end], strict=True)
+            )
+            expiring[family].update(
+                (numbers[family][offset - (end - start)], expiry)
+                for offset, expiry in enumerate(rows.expiries[start:end])
+                if expiry != NEVER
+            )
+        for network, changed in table.changed_items():
+            family, number = _number(network)
+            expiring[family].pop(number, None)
+            numbers[family].append(number)
+            if changed != NEVER:
+                expiring[family][number] = changed
+        return self._append_all(numbers, expiring)
 
-    def _append(self, number: int, expiries: dict[int, int]) -> tuple[int, int]:
-        bits = _FAMILIES[number][0]
-        keys, lengths, parents, column = self._families[number]
-        start = len(keys)
+    def _append_all(self, numbers: _Numbers, expiring: tuple[dict[int, int], ...]) -> tuple[Ranges, int]:
+        for some in numbers:
+            some.sort()
+        range_4, range_6 = self._append(0, numbers[0], expiring[0]), self._append(1, numbers[1], expiring[1])
+        first_group, start = len(self._groups), len(self._families[2][0])
+        end = self._append(2, numbers[2], expiring[2])[1]
+        return (*range_4, *range_6, first_group, len(self._groups)), sum(
+            stop - begin for begin, stop in (range_4, range_6, (start, end))
+        )
+
+    def _append(self, family: int, numbers: list[int], expiring: dict[int, int]) -> tuple[int, int]:
+        bits = _FAMILIES[family][0]
+        keys, lengths, parents, expiries = self._families[family]
+        start = row = len(keys)
         around: list[tuple[int, int]] = []
         mask = (1 << bits) - 1
-        for row, one in enumerate(sorted(expiries), start + 1):
-            first, length = one >> _LENGTH_BITS, one & (1 << _LENGTH_BITS) - 1
+        before = group = -1
+        for number in numbers:
+            if number == before:
+                continue
+            expiry = expiring.get(number, NEVER) if expiring else NEVER
+            if expiry == _REMOVED:
+                continue
+            before = number
+            first, length = number >> _LENGTH_BITS, number & (1 << _LENGTH_BITS) - 1
+            if family == _LONG and first >> bits != group:
+                group = first >> bits
+                self._groups.append(group)
+                self._group_starts.append(row)
             while around and around[-1][0] < first:
                 around.pop()
+            row += 1
             keys.append(first & mask)
             lengths.append(length)
             parents.append(around[-1][1] if around else 0)
-            column.append(expiries[one])
+            expiries.append(expiry)
             around.append((first | (1 << bits - length) - 1, row))
-        return start, len(keys)
+        return start, row
 
     def columns(self) -> Columns:
         """Return the columns; nothing may be added any more."""
         self._group_starts.append(len(self._families[2][0]))
         columns = [column for family in self._families for column in family]
         return Columns.from_sections([*columns, self._groups, self._group_starts])
+
+
+def _number(network: Network) -> tuple[int, int]:
+    """Return a network's family, and a number that sorts as the family's rows do."""
+    if network.version == 4:
+        return 0, network.first << _LENGTH_BITS | network.prefix_length
+    if network.prefix_length <= _KEY_BITS:
+        return 1, network.first >> _KEY_BITS << _LENGTH_BITS | network.prefix_length
+    return _LONG, network.first << _LENGTH_BITS | network.prefix_length - _KEY_BITS
 
 
 _FAMILIES = ((32, "IBIQ"), (64, "QBIQ"), (64, "QBIQ"))

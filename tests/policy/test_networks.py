@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from authz_server.policy.addresses import Address, Network, parse_address, parse_network
-from authz_server.policy.networks import TYPE_CODES, Columns, ColumnsDraft, NetworkTable
+from authz_server.policy.networks import NEVER, TYPE_CODES, Columns, ColumnsDraft, NetworkTable
 
 
 @st.composite
@@ -20,8 +20,9 @@ def networks(draw: st.DrawFn) -> Network:
     return Network(version, value >> (bits - length) << (bits - length), length)
 
 
-ITEMS = st.lists(st.tuples(networks(), st.integers(0, 9)), max_size=25)
-CHANGES = st.lists(st.tuples(networks(), st.none() | st.integers(0, 9)), max_size=10)
+EXPIRIES = st.integers(0, 9) | st.just(NEVER)
+ITEMS = st.lists(st.tuples(networks(), EXPIRIES), max_size=25)
+CHANGES = st.lists(st.tuples(networks(), st.none() | EXPIRIES), max_size=10)
 
 
 def boundaries(network: Network) -> list[Address]:
@@ -95,6 +96,21 @@ def test_tables_that_share_columns_do_not_see_each_other(
         for table in (NetworkTable(columns, *place), NetworkTable(stored, *place)):
             assert content(table, probes) == content(alone, probes)
             assert content(table.with_changes(changes), probes) == content(alone.with_changes(changes), probes)
+
+
+@given(st.lists(st.tuples(ITEMS, CHANGES), max_size=3))
+def test_a_table_with_changes_is_taken_up_into_new_columns(
+    lists: list[tuple[list[tuple[Network, int]], list[tuple[Network, int | None]]]],
+) -> None:
+    probes = [network for items, changes in lists for network, _ in (*items, *changes)]
+    changed = [NetworkTable.build(items).with_changes(changes) for items, changes in lists]
+    draft = ColumnsDraft()
+    places = [draft.add_table(table) for table in changed]
+    columns = draft.columns()
+    for table, place in zip(changed, places, strict=True):
+        taken_up = NetworkTable(columns, *place)
+        assert content(taken_up, probes) == content(table, probes)
+        assert taken_up.changes == 0
 
 
 @given(ITEMS, st.lists(CHANGES, max_size=4))
