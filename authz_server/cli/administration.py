@@ -33,6 +33,7 @@ from authz_server.store.interface import (
     EpochChangedError,
     Event,
     EventRecord,
+    InconsistentStateError,
     NotInitialisedError,
     Position,
     RevisionChangedError,
@@ -82,14 +83,16 @@ class Done:
 
 
 async def first_look(store: Store) -> None:
-    """Find out soon whether the store answers; a policy it need not hold. What fails here leaves nothing in doubt.
+    """Find out soon whether the store answers; a policy it need not hold, nor a sound one.
+
+    What fails here leaves nothing in doubt.
 
     Raises:
         StoreError: it cannot be used; StoreUnavailableError after FIRST_LOOK_SECONDS of silence.
     """
     try:
         async with asyncio.timeout(FIRST_LOOK_SECONDS):
-            with suppress(NotInitialisedError):
+            with suppress(NotInitialisedError, InconsistentStateError):
                 await store.position()
     except TimeoutError as error:
         raise StoreUnavailableError(
@@ -100,7 +103,7 @@ async def first_look(store: Store) -> None:
 async def initialise(store: Store, order: Order, *, if_missing: bool = False) -> Done:
     """Create an empty policy (AlreadyInitialisedError: there is one, unless that is fine: `if_missing`)."""
     try:
-        async with _outcome_told(order.change_id):
+        async with telling_outcome(order.change_id):
             result = await store.init(actor=order.actor, reason=order.reason, change_id=order.change_id)
     except AlreadyInitialisedError:
         if not if_missing:
@@ -165,7 +168,7 @@ async def carry_out(
         position.revision if plan.alone else None,
     )
     try:
-        async with _outcome_told(order.change_id):
+        async with telling_outcome(order.change_id):
             result = await store.apply(change)
     except ConflictError as error:
         raise ChangedMeanwhileError(
@@ -226,7 +229,7 @@ def _other_wish(order: Order, event: Event, problem: str) -> str:
 
 
 @asynccontextmanager
-async def _outcome_told(change_id: str) -> AsyncIterator[None]:
+async def telling_outcome(change_id: str) -> AsyncIterator[None]:
     """Say of a write that does not come to its end that nobody knows whether it was applied."""
     try:
         async with asyncio.timeout(WRITE_SECONDS):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from authz_server.cli import inputs
+from authz_server.cli import doctor, incident, inputs
 from authz_server.cli.administration import initialise, load_snapshot
 from authz_server.cli.affinity import affinity_app, tenant_app
 from authz_server.cli.changes import (
@@ -24,6 +24,7 @@ from authz_server.cli.failures import (
     BadInputError,
     NotFoundError,
 )
+from authz_server.cli.history import history_app
 from authz_server.cli.inputs import Reader
 from authz_server.cli.instance import instance_app
 from authz_server.cli.output import (
@@ -41,6 +42,7 @@ from authz_server.cli.session import (
     Actor,
     ChangeId,
     Config,
+    Durable,
     Expires,
     Networks,
     Output,
@@ -92,6 +94,7 @@ def init(
     actor: Actor = None,
     change_id: ChangeId = None,
     wait: Wait = None,
+    durable: Durable = False,
     output: Output = OutputFormat.TABLE,
     redis_url: RedisUrl = None,
     config: Config = None,
@@ -102,6 +105,7 @@ def init(
         actor=actor,
         change_id=change_id,
         wait=wait,
+        durable=durable,
         yes=False,
         output=output,
         redis_url=redis_url,
@@ -130,6 +134,7 @@ def _side_group(side: Side) -> typer.Typer:
         actor: Actor = None,
         change_id: ChangeId = None,
         wait: Wait = None,
+        durable: Durable = False,
         yes: Yes = False,
         output: Output = OutputFormat.TABLE,
         redis_url: RedisUrl = None,
@@ -140,6 +145,7 @@ def _side_group(side: Side) -> typer.Typer:
             actor=actor,
             change_id=change_id,
             wait=wait,
+            durable=durable,
             yes=yes,
             output=output,
             redis_url=redis_url,
@@ -158,6 +164,7 @@ def _side_group(side: Side) -> typer.Typer:
         actor: Actor = None,
         change_id: ChangeId = None,
         wait: Wait = None,
+        durable: Durable = False,
         output: Output = OutputFormat.TABLE,
         redis_url: RedisUrl = None,
         config: Config = None,
@@ -167,6 +174,7 @@ def _side_group(side: Side) -> typer.Typer:
             actor=actor,
             change_id=change_id,
             wait=wait,
+            durable=durable,
             yes=False,
             output=output,
             redis_url=redis_url,
@@ -220,6 +228,7 @@ def list_add(
     actor: Actor = None,
     change_id: ChangeId = None,
     wait: Wait = None,
+    durable: Durable = False,
     yes: Yes = False,
     output: Output = OutputFormat.TABLE,
     redis_url: RedisUrl = None,
@@ -234,6 +243,7 @@ def list_add(
         actor=actor,
         change_id=change_id,
         wait=wait,
+        durable=durable,
         yes=yes,
         output=output,
         redis_url=redis_url,
@@ -257,6 +267,7 @@ def list_remove(
     actor: Actor = None,
     change_id: ChangeId = None,
     wait: Wait = None,
+    durable: Durable = False,
     output: Output = OutputFormat.TABLE,
     redis_url: RedisUrl = None,
     config: Config = None,
@@ -267,6 +278,7 @@ def list_remove(
         actor=actor,
         change_id=change_id,
         wait=wait,
+        durable=durable,
         yes=False,
         output=output,
         redis_url=redis_url,
@@ -319,6 +331,7 @@ def resource_add(
     actor: Actor = None,
     change_id: ChangeId = None,
     wait: Wait = None,
+    durable: Durable = False,
     output: Output = OutputFormat.TABLE,
     redis_url: RedisUrl = None,
     config: Config = None,
@@ -329,6 +342,7 @@ def resource_add(
         actor=actor,
         change_id=change_id,
         wait=wait,
+        durable=durable,
         yes=False,
         output=output,
         redis_url=redis_url,
@@ -366,6 +380,7 @@ def scope_set(
     actor: Actor = None,
     change_id: ChangeId = None,
     wait: Wait = None,
+    durable: Durable = False,
     yes: Yes = False,
     output: Output = OutputFormat.TABLE,
     redis_url: RedisUrl = None,
@@ -377,6 +392,7 @@ def scope_set(
         actor=actor,
         change_id=change_id,
         wait=wait,
+        durable=durable,
         yes=yes,
         output=output,
         redis_url=redis_url,
@@ -441,6 +457,9 @@ app.add_typer(resource_app, name="resource")
 app.add_typer(scope_app, name="scope")
 app.add_typer(replica_app, name="replica")
 app.command("cleanup", epilog=EXIT_CODES)(cleanup)
+app.add_typer(history_app, name="history")
+incident.register(app)
+doctor.register(app)
 
 
 async def _load_lists(store: Store) -> tuple[Snapshot, dict[str, int]]:

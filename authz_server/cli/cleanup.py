@@ -7,7 +7,7 @@ import typer
 from authz_server.cli.changes import RemoveExpired
 from authz_server.cli.moves import LARGEST_BATCH, Moved, Mover, OnProgress
 from authz_server.cli.output import Json, OutputFormat, print_json, print_table, record_json
-from authz_server.cli.session import Actor, Config, Output, Reason, RedisUrl, Wait, writing
+from authz_server.cli.session import Actor, Config, Durable, Output, Reason, RedisUrl, Wait, writing
 from authz_server.cli.times import parse_span, show_expiry
 from authz_server.policy.access import Entry
 from authz_server.policy.records import RecordKey
@@ -31,6 +31,7 @@ def cleanup(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be taken out.")] = False,
     actor: Actor = None,
     wait: Wait = None,
+    durable: Durable = False,
     output: Output = OutputFormat.TABLE,
     redis_url: RedisUrl = None,
     config: Config = None,
@@ -44,6 +45,7 @@ def cleanup(
         actor=actor,
         change_id=None,
         wait=wait,
+        durable=durable,
         yes=False,
         output=output,
         redis_url=redis_url,

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 EXIT_CODES = (
     "Exit codes: 0 done (or it was so already); 1 refused, in conflict or not found: nothing was changed; "
     "2 bad usage or input; 3 the store is unavailable or not initialised; 4 written, and not every server is known to "
-    "have it (--wait); 130 interrupted. "
+    "have it (--wait), or it is not known to be durable (--durable); 130 interrupted. "
     "Also 1, with a word on what was done, if the output cannot be written."
 )
 
@@ -118,6 +118,19 @@ class ChangeLostError(AuthzctlError):
     """The change was written, and the store's history no longer has it: a failover, or a restored backup."""
 
     kind = "change_lost"
+
+
+class NotDurableFailure(AuthzctlError):  # noqa: N818 - `NotDurableError` is the store's
+    """The change was written, and may not survive the loss of the server."""
+
+    exit_code = 4
+    kind = "not_durable"
+
+
+class NotSoundError(AuthzctlError):
+    """The store is not as it must be; nothing was changed."""
+
+    kind = "not_sound"
 
 
 class OutputLostError(AuthzctlError):

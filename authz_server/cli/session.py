@@ -18,7 +18,7 @@ from pydantic import SecretStr
 
 from authz_server.cli import inputs
 from authz_server.cli.acknowledgement import Acknowledgement, wait_for_servers
-from authz_server.cli.administration import Done, Order, carry_out, first_look, load_snapshot
+from authz_server.cli.administration import WRITE_SECONDS, Done, Order, carry_out, first_look, load_snapshot
 from authz_server.cli.changes import Wish
 from authz_server.cli.failures import (
     EXIT_CODES,
@@ -30,6 +30,7 @@ from authz_server.cli.failures import (
     NoPolicyError,
     NoStoreError,
     NotAcknowledgedError,
+    NotDurableFailure,
     RefusedError,
     StoreNotUsableError,
     UnknownOutcomeError,
@@ -51,11 +52,14 @@ from authz_server.policy.snapshot import DecisionOptions, Snapshot
 from authz_server.settings import HIDDEN, Settings, SettingsError, load_settings
 from authz_server.store.interface import (
     AlreadyInitialisedError,
+    DurabilityError,
+    NotDurableError,
     NotInitialisedError,
     Position,
     Store,
     StoreError,
     StoreUnavailableError,
+    WriteResult,
 )
 from authz_server.store.redis_store import RedisStore
 
@@ -98,6 +102,13 @@ Wait = Annotated[
         metavar="SECONDS",
         min=0,
         help="Then wait so long, at most, until every server decides by it; exit code 4 if one may not.",
+    ),
+]
+Durable = Annotated[
+    bool,
+    typer.Option(
+        "--durable",
+        help="Then wait until the store's append-only file and its replicas have it; refused where neither is.",
     ),
 ]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Confirm what is dangerous, instead of being asked.")]
@@ -148,6 +159,10 @@ class Session:
             raise NoPolicyError([str(error)]) from error
         except AlreadyInitialisedError as error:
             raise RefusedError([str(error)]) from error
+        except DurabilityError as error:
+            raise RefusedError([str(error)]) from error
+        except NotDurableError as error:
+            raise NotDurableFailure([str(error)]) from error
         except StoreUnavailableError as error:
             raise NoStoreError([str(error)]) from error
         except StoreError as error:
@@ -189,6 +204,7 @@ class Writer:
     change_id: str
     resent: bool
     wait: float | None
+    durable: bool
     yes: bool
     now: float
 
@@ -222,7 +238,12 @@ class Writer:
             raise _not_acknowledged(done.position, done.acknowledgement)
 
     async def _act(self, store: Store, act: Callable[[Store, Order], Awaitable[Done]], order: Order) -> Done:
+        durability = await store.durability() if self.durable else None
         done = await act(store, order)
+        if durability and done.changed:
+            result = WriteResult(done.position, done.repeated)
+            await store.make_durable(result, durability, seconds=WRITE_SECONDS)
+            done = replace(done, notes=(*done.notes, f"durable: in {durability}"))
         if self.wait is None:
             return done
         with waiting_shown(self.session.output) as show:
@@ -236,8 +257,12 @@ class Writer:
         self.reader.done()
 
         async def acting(store: Store) -> Moved:
+            durability = await store.durability() if self.durable else None
             with progress_shown(self.session.output) as show:
                 moved = await act(store, show)
+            if durability and moved.changes:
+                result = WriteResult(moved.changes[-1], repeated=False)
+                await store.make_durable(result, durability, seconds=WRITE_SECONDS)
             if self.wait is None or not moved.changes:
                 return moved
             with waiting_shown(self.session.output) as show_waiting:
@@ -291,6 +316,7 @@ def writing(
     actor: str | None,
     change_id: str | None,
     wait: float | None,
+    durable: bool,
     yes: bool,
     output: OutputFormat,
     redis_url: str | None,
@@ -308,6 +334,7 @@ def writing(
             change_id=given_id or str(uuid.uuid4()),
             resent=change_id is not None,
             wait=wait,
+            durable=durable,
             yes=yes,
             now=time.time(),
         )

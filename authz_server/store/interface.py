@@ -311,6 +311,37 @@ class Examination:
 
 
 @dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """What the server that keeps the policy says of itself."""
+
+    version: str
+    """As Redis counts its versions; Valkey says which Redis it is compatible with."""
+    role: str
+    """`master`, or `slave`: Redis's words."""
+    replicas: int
+    """Connected ones."""
+    min_replicas_to_write: int
+    eviction_policy: str
+    evicted_keys: int
+    """Since the server started."""
+    used_memory: int
+    """In bytes."""
+    max_memory: int
+    """In bytes; 0: no limit."""
+    append_only_file: bool
+    save_points: str
+    """When it writes snapshots; empty: never, or it does not say."""
+    failing_writes: str
+    """What of persistence failed last; empty: nothing."""
+    user: str
+    """As whom we are logged in."""
+    time: float
+    """Its clock, in seconds since the Unix epoch."""
+    lazy_expire: str
+    """`yes`, `no`, or empty: it does not say."""
+
+
+@dataclass(frozen=True, slots=True)
 class Durability:
     """What a change has to reach before it is called durable."""
 
@@ -402,13 +433,18 @@ class Store(Protocol):
     async def examine(self) -> Examination:
         """Read everything and say what is not as changes have left it. Damage is told, not raised."""
 
-    async def confirm(self, examined: Examination, *, actor: str, reason: str, change_id: str) -> WriteResult:
+    async def confirm(
+        self, examined: Examination, *, actor: str, reason: str, change_id: str, action: str = "confirm"
+    ) -> WriteResult:
         """Make what is there the policy, under a new epoch: the end of an incident.
 
         Raises:
             EpochChangedError: the policy is no longer the one that was examined.
             ChangeIdUsedError: the change id belongs to another change.
         """
+
+    async def facts(self) -> ServerFacts:
+        """Return what the server says of itself; a policy it need not hold."""
 
     async def durability(self) -> Durability:
         """Return what a durable change would wait for.
@@ -471,6 +507,9 @@ class Store(Protocol):
 
     async def history(self, *, count: int, before: int | None = None) -> list[Event]:
         """Return the newest events, newest first; with `before`, the newest that led to a lower revision."""
+
+    async def history_after(self, revision: int, *, count: int) -> list[Event]:
+        """Return the oldest events that led to a higher revision, oldest first."""
 
     async def find_change(self, change_id: str) -> Event | None:
         """Return the event of a change id that was applied; None when it is not known, or no longer."""

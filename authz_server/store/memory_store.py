@@ -32,6 +32,7 @@ from authz_server.store.interface import (
     Replica,
     Report,
     RevisionChangedError,
+    ServerFacts,
     StoredRecord,
     StoreUnavailableError,
     VerifiedCounts,
@@ -258,18 +259,25 @@ class MemoryStore:
             for field, text in self.collections.get(name, {}).items()
         ]
 
-    async def confirm(self, examined: Examination, *, actor: str, reason: str, change_id: str) -> WriteResult:
+    async def confirm(
+        self, examined: Examination, *, actor: str, reason: str, change_id: str, action: str = "confirm"
+    ) -> WriteResult:
         """See `Store.confirm`."""
         before = await self.position()
         if change_id in self._results:
-            return self._repeated(change_id, "confirm")
+            return self._repeated(change_id, action)
         if examined.bookkeeping != (str(before),):
             raise EpochChangedError("the policy in memory was changed while it was examined: ask again")
         self.counts = {name: count for name, (count, _) in examined.counted.items()}
         self.sums = {name: total for name, (_, total) in examined.counted.items()}
         position = Position(secrets.token_hex(16), before.revision + 1, change_id)
-        await self._append(Event(position, before.change_id, actor, reason, "confirm", self._clock(), ()), "confirm")
+        await self._append(Event(position, before.change_id, actor, reason, action, self._clock(), ()), action)
         return WriteResult(position, repeated=False)
+
+    async def facts(self) -> ServerFacts:
+        """See `Store.facts`."""
+        self._check_available()
+        return ServerFacts("7.2", "master", 0, 0, "noeviction", 0, 0, 0, False, "", "", "memory", self._clock(), "")
 
     async def durability(self) -> Durability:
         """See `Store.durability`."""
@@ -305,6 +313,11 @@ class MemoryStore:
         await self.position()
         events = [event for event in self.events if before is None or event.position.revision < before]
         return events[-count:][::-1]
+
+    async def history_after(self, revision: int, *, count: int) -> list[Event]:
+        """See `Store.history_after`."""
+        await self.position()
+        return [event for event in self.events if event.position.revision > revision][:count]
 
     async def find_change(self, change_id: str) -> Event | None:
         """See `Store.find_change`."""

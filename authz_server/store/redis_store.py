@@ -62,6 +62,7 @@ from authz_server.store.interface import (
     Replica,
     Report,
     RevisionChangedError,
+    ServerFacts,
     StoredRecord,
     StoreError,
     StoreRefusedError,
@@ -653,7 +654,9 @@ class RedisStore:
                 problems.append(record.problem)
         return (len(shares), sum(shares.values()) % SUM_MODULUS), problems
 
-    async def confirm(self, examined: Examination, *, actor: str, reason: str, change_id: str) -> WriteResult:
+    async def confirm(
+        self, examined: Examination, *, actor: str, reason: str, change_id: str, action: str = "confirm"
+    ) -> WriteResult:
         """See `Store.confirm`."""
         epoch = secrets.token_hex(16)
         revision = examined.position.revision + 1 if examined.position else 0
@@ -661,7 +664,7 @@ class RedisStore:
         anew = f"staged:{change_id}:counts"
         await self._stage(anew, lines.items())
         names = ("meta", "counts", "changes", f"change:{change_id}", anew, f"changes:until:{epoch}")
-        arguments: list[str | int] = [FORMAT, epoch, change_id, actor, reason, _RESULT_SECONDS, "confirm"]
+        arguments: list[str | int] = [FORMAT, epoch, change_id, actor, reason, _RESULT_SECONDS, action]
         arguments += [examined.records, len(lines)]
         with self._errors():
             kind, *details = await self._confirm(
@@ -671,22 +674,48 @@ class RedisStore:
             case "applied":
                 return WriteResult(Position(epoch, int(details[0]), change_id), repeated=False)
             case "repeated":
-                return self._repeated(details[0], change_id, "confirm")
+                return self._repeated(details[0], change_id, action)
             case _:
                 raise EpochChangedError(f"the policy in {self._where} was changed while it was examined: ask again")
+
+    async def facts(self) -> ServerFacts:
+        """See `Store.facts`. What the user may not ask for is left empty."""
+        with self._errors():
+            async with self._primary() as connection:
+                info = await _info(connection, "server", "replication", "persistence", "memory", "stats")
+                seconds, microseconds = await connection.time()
+                user = await connection.acl_whoami()
+                config: dict[Any, Any] = {}
+                with suppress(exceptions.NoPermissionError):
+                    config = await connection.config_get("save", "lazyfree-lazy-expire", "min-replicas-to-write")
+        failing = [
+            f"{name} is {info[name]}"
+            for name in ("rdb_last_bgsave_status", "aof_last_bgrewrite_status", "aof_last_write_status")
+            if info.get(name, "ok") != "ok"
+        ]
+        return ServerFacts(
+            version=str(info.get("redis_version", "0")),
+            role=str(info.get("role", "")),
+            replicas=_online(info),
+            min_replicas_to_write=int(config.get("min-replicas-to-write", 0)),
+            eviction_policy=str(info.get("maxmemory_policy", "")),
+            evicted_keys=int(info.get("evicted_keys", 0)),
+            used_memory=int(info.get("used_memory", 0)),
+            max_memory=int(info.get("maxmemory", 0)),
+            append_only_file=str(info.get("aof_enabled")) == "1",
+            save_points=config.get("save", ""),
+            failing_writes=", ".join(failing),
+            user=str(user),
+            time=seconds + microseconds / 1e6,
+            lazy_expire=config.get("lazyfree-lazy-expire", ""),
+        )
 
     async def durability(self) -> Durability:
         """See `Store.durability`."""
         with self._errors():
-            info: dict[str, Any] = {}
             async with self._primary() as connection:
-                for section in ("server", "replication", "persistence"):
-                    info |= await connection.info(section)
-        replicas = sum(
-            isinstance(value, dict) and value.get("state") == "online"
-            for name, value in info.items()
-            if re.fullmatch(r"slave\d+", name)
-        )
+                info = await _info(connection, "server", "replication", "persistence")
+        replicas = _online(info)
         append_only_file = str(info.get("aof_enabled")) == "1"
         version = str(info.get("redis_version", "0"))
         if append_only_file and tuple(map(int, re.findall(r"\d+", version)[:2])) < _WAITAOF_SINCE:
@@ -781,6 +810,13 @@ class RedisStore:
         newest = "+" if before is None else f"({before}-0"
         _, (entries,) = await self._look(
             self._client, lambda pipe: pipe.xrevrange(self._key("changes"), max=newest, count=count)
+        )
+        return self._read_events(entries)
+
+    async def history_after(self, revision: int, *, count: int) -> list[Event]:
+        """See `Store.history_after`."""
+        _, (entries,) = await self._look(
+            self._client, lambda pipe: pipe.xrange(self._key("changes"), min=f"({revision}-0", count=count)
         )
         return self._read_events(entries)
 
@@ -1018,6 +1054,23 @@ def _reply_seconds(client: "Client") -> float:
         return _REPLY_SECONDS
     seconds: float = client.connection_pool.connection_kwargs["socket_timeout"]
     return seconds
+
+
+async def _info(connection: "Redis", *sections: str) -> dict[str, Any]:
+    """Return sections of INFO; one by one, as Redis 7.0 takes several and others before it do not."""
+    info: dict[str, Any] = {}
+    for section in sections:
+        info |= await connection.info(section)
+    return info
+
+
+def _online(info: Mapping[str, Any]) -> int:
+    """Return how many replicas INFO says are connected and up to date."""
+    return sum(
+        isinstance(value, dict) and value.get("state") == "online"
+        for name, value in info.items()
+        if re.fullmatch(r"slave\d+", name)
+    )
 
 
 def _new_text(key: RecordKey, record: Record | None) -> str | None:

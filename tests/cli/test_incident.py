@@ -1,0 +1,146 @@
+"""`authzctl` on a store that is not as its changes have left it, through a real Valkey."""
+
+import json
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from authz_server.cli.authzctl import app
+from authz_server.cli.diagnosis import Verdict, judge_server
+from authz_server.demo.valkey import Valkey
+from authz_server.store.interface import ServerFacts
+from redis import Redis
+
+Call = Callable[..., Result]
+
+FINE = ServerFacts("7.2.4", "master", 1, 1, "noeviction", 0, 1 << 20, 0, True, "", "", "authz-admin", 100.0, "yes")
+
+
+@pytest.fixture
+def prefix() -> str:
+    return f"test-{secrets.token_hex(4)}"
+
+
+@pytest.fixture
+def call(valkey: Valkey, prefix: str, monkeypatch: pytest.MonkeyPatch) -> Call:
+    monkeypatch.setenv("AUTHZ_REDIS_URL", valkey.url)
+    monkeypatch.setenv("AUTHZ_REDIS_PREFIX", prefix)
+
+    def run(*words: str, code: int = 0) -> Result:
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == code, result.output
+        return result
+
+    return run
+
+
+@pytest.fixture
+def client(valkey: Valkey) -> Iterator[Any]:
+    with Redis.from_url(valkey.url, decode_responses=True) as client:
+        yield client
+
+
+@pytest.fixture
+def policy(call: Call) -> None:
+    call("init", "--reason", "new")
+    call("block", "add", "203.0.113.0/24", "--reason", "scraper")
+    call("instance", "add", "q1", "--reason", "new")
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("policy")
+def test_a_sound_store_is_reconciled_and_reloaded(call: Call) -> None:
+    told = json.loads(call("reconcile", "-o", "json").stdout)
+    assert (told["sound"], told["records"], told["edited"]) == (True, 2, [])
+    reloaded = json.loads(call("reload", "--reason", "to be sure", "-o", "json").stdout)
+    assert reloaded["revision"] == told["revision"] + 1
+    assert reloaded["epoch"] != told["epoch"]
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("policy")
+def test_an_edited_record_is_named_and_can_be_confirmed(call: Call, client: Any, prefix: str) -> None:
+    client.hset(f"{{{prefix}}}:instances", "q1", '{"state":"active","weight":7}')
+    result = call("reconcile", "-o", "json", code=1)
+    (edited,) = json.JSONDecoder().raw_decode(result.stdout)[0]["edited"]
+    assert (edited["record"], edited["found"]) == ("instance q1", '{"state":"active","weight":7}')
+    assert "reconcile" not in call("reload", "--reason", "r", code=1).stdout
+    assert "--yes" in call("confirm", "--reason", "it is right", code=1).output
+    call("confirm", "--reason", "it is right", "--yes")
+    call("reconcile")
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("policy")
+@pytest.mark.parametrize("key", ["instances", "meta", "counts", "changes"])
+def test_a_lost_key_is_an_incident_until_it_is_confirmed(call: Call, client: Any, prefix: str, key: str) -> None:
+    client.delete(f"{{{prefix}}}:{key}")
+    call("reconcile", code=1)
+    call("doctor", code=1)
+    call("confirm", "--reason", "we know", "--yes")
+    call("reconcile")
+    call("block", "add", "198.51.100.0/24", "--reason", "goes on")
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("policy")
+def test_history_is_shown_and_exported(call: Call, tmp_path: Path) -> None:
+    shown = json.loads(call("history", "show", "-n", "2", "-o", "json").stdout)["changes"]
+    assert [change["action"] for change in shown] == ["instance.add", "block.add"]
+    path = tmp_path / "history.jsonl"
+    call("history", "export", "--after", "1", "--file", str(path))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == shown[::-1]
+    assert path.stat().st_mode & 0o777 == 0o600
+    call("history", "export", "--file", str(path), code=2)
+    assert len(call("history", "export").stdout.splitlines()) == 3
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("policy")
+def test_durable_is_refused_where_nothing_lasts(call: Call) -> None:
+    assert "no append-only file" in call("instance", "add", "q2", "--reason", "r", "--durable", code=1).output
+    assert "q2" not in call("instance", "list").stdout
+
+
+@pytest.mark.integration
+def test_durable_where_there_is_an_append_only_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Valkey(append_only=True) as server:
+        monkeypatch.setenv("AUTHZ_REDIS_URL", server.url)
+        result = CliRunner().invoke(app, ["init", "--reason", "new", "--durable"])
+        assert result.exit_code == 0, result.output
+        assert "durable: in the append-only file" in result.output
+
+
+def test_a_fit_server_has_no_problem() -> None:
+    assert {check.verdict for check in judge_server(FINE, 100.5)} == {Verdict.OK}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "what", "verdict"),
+    [
+        ("eviction_policy", "allkeys-lru", "eviction", Verdict.PROBLEM),
+        ("evicted_keys", 3, "eviction", Verdict.PROBLEM),
+        ("version", "6.2.1", "version", Verdict.PROBLEM),
+        ("version", "7.0.15", "version", Verdict.WARNING),
+        ("append_only_file", False, "persistence", Verdict.PROBLEM),
+        ("failing_writes", "aof_last_write_status is err", "persistence", Verdict.PROBLEM),
+        ("role", "slave", "replication", Verdict.PROBLEM),
+        ("replicas", 0, "replication", Verdict.WARNING),
+        ("user", "default", "user", Verdict.WARNING),
+        ("time", 90.0, "clock", Verdict.WARNING),
+        ("max_memory", 1 << 20, "memory", Verdict.WARNING),
+        ("lazy_expire", "no", "freeing", Verdict.WARNING),
+    ],
+)
+def test_what_is_wrong_is_said(field: str, value: Any, what: str, verdict: Verdict) -> None:
+    facts = replace(FINE, **{field: value})
+    assert [(check.what, check.verdict) for check in judge_server(facts, 100.0) if check.verdict is not Verdict.OK] == [
+        (what, verdict)
+    ]
