@@ -44,6 +44,7 @@ bench: $(READY) ## Measure (minutes; needs h2load and wrk): the match table, a c
 	$(BIN)/python -m loadtest.tight_loop
 	$(BIN)/python -m loadtest.memory
 	for part in cpu overload hostile resets drain; do $(BIN)/python -m loadtest.$$part grpcio || exit 1; done
+	$(BIN)/python -m loadtest.store
 
 lint: $(READY) ## Check format, lint and types
 	$(BIN)/ruff format --check .
