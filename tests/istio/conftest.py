@@ -80,13 +80,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Count the outcomes of each practice, which is a module here, by Envoy's version."""
     report = yield
-    if "/istio/" in item.nodeid and (report.when == "call" or not report.passed):
+    if report.when == "call" or not report.passed:
         assert isinstance(item, pytest.Function)
         callspec = getattr(item, "callspec", None)
         version = "" if callspec is None else callspec.params.get("version", "")
         title = (item.module.__doc__ or item.module.__name__).strip().splitlines()[0]
-        outcome = "passed" if report.passed else "failed"
-        item.config.stash[_OUTCOMES].setdefault(title, {}).setdefault(version, Counter())[outcome] += 1
+        item.config.stash[_OUTCOMES].setdefault(title, {}).setdefault(version, Counter())[report.outcome] += 1
     return report
 
 
@@ -99,7 +98,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for title, versions in outcomes.items():
         parts = []
         for version, counts in versions.items():
-            said = f"{counts['passed']} passed" + (f", {counts['failed']} FAILED" if counts["failed"] else "")
+            said = ", ".join(f"{number} {outcome}" for outcome, number in counts.items())
             parts.append(f"{version}: {said}" if version else said)
         failed = any(counts["failed"] for counts in versions.values())
         terminalreporter.line(f"{'FAILED' if failed else 'ok':<7}{title} [{'; '.join(parts)}]", red=failed)
