@@ -142,7 +142,7 @@ def _user(facts: ServerFacts) -> Check:
         return Check(
             "user",
             Verdict.WARNING,
-            "default, who may do everything: redis/users.acl has users with no more rights than they need",
+            "default, who may do everything: acl/users.acl has users with no more rights than they need",
         )
     return Check("user", Verdict.OK, facts.user)
 

@@ -28,6 +28,7 @@ from itertools import islice
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from redis import exceptions
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
@@ -92,7 +93,6 @@ from authz_server.store.keys import (
     reported_by,
     share,
 )
-from redis import exceptions
 
 T = TypeVar("T")
 Client = Redis | RedisCluster

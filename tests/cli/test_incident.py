@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from redis import Redis
 from typer.testing import CliRunner
 
 from authz_server.cli.authzctl import app
 from authz_server.cli.diagnosis import Verdict, judge_server
 from authz_server.demo.valkey import Valkey
 from authz_server.store.interface import ServerFacts
-from redis import Redis
 
 Call = Callable[..., Result]
 

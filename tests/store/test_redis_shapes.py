@@ -37,7 +37,7 @@ from authz_server.store.redis_store import RedisStore
 
 pytestmark = pytest.mark.integration
 
-USERS = Path(__file__).parents[2] / "redis" / "users.acl"
+USERS = Path(__file__).parents[2] / "acl" / "users.acl"
 
 
 @asynccontextmanager
@@ -92,7 +92,7 @@ def office(count: int) -> dict[Any, Any]:
 
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[Valkey]:
-    """A Valkey with the users of redis/users.acl."""
+    """A Valkey with the users of acl/users.acl."""
     with Valkey(append_only=True, settings={"aclfile": str(USERS)}) as server:
         yield server
 

