@@ -7,14 +7,16 @@ from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
+from support.policies import network_entry
 from support.process import ServerProcess, init_policy
+from support.proxy import LossyProxy
 from support.waiting import eventually
 
 from authz_server import replicas
 from authz_server.cli.acknowledgement import wait_for_servers
 from authz_server.demo.valkey import Valkey
 from authz_server.policy.affinity import Instance
-from authz_server.policy.records import RecordKey, record_key
+from authz_server.policy.records import RecordKey, entry_key, record_key
 from authz_server.replicas import Reporter
 from authz_server.store.interface import Change, Position, Replica, Report, StoreUnavailableError, Write
 from authz_server.store.memory_store import MemoryStore
@@ -275,3 +277,30 @@ class TestProcesses:
         assert await self.names(store) == ["pod-b"]
         told = await wait_for_servers(store, await self.write(store, "q1"), seconds=0.2)
         assert [lagging.replica for lagging in told.lagging] == ["pod-b"]
+
+    async def test_one_that_is_cut_off_still_serves_what_was_before_and_is_no_yes(
+        self, own_valkey: Valkey, store: RedisStore, tmp_path: Path
+    ) -> None:
+        """And when it is shut down in that state, it stays: nobody knows what it did."""
+        await asyncio.to_thread(init_policy, own_valkey.url)
+        with ExitStack() as stack:
+            async with LossyProxy(own_valkey.port) as proxy:
+                environ = {"AUTHZ_REDIS_URL": f"redis://127.0.0.1:{proxy.port}/0", "AUTHZ_REPLICA_NAME": "pod-a"}
+                server = ServerProcess(tmp_path, environ)
+                await asyncio.to_thread(stack.enter_context, server)
+                await asyncio.to_thread(server.wait_ready)
+                assert (await wait_for_servers(store, await self.write(store, "q1"), seconds=20)).complete
+            block = network_entry("203.0.113.0/24")
+            change = Change(
+                "c-block", (await store.position()).epoch, "a", "r", "test",
+                (Write(entry_key("global/block", block), None, block),),
+            )  # fmt: skip
+            position = (await store.apply(change)).position
+            told = await wait_for_servers(store, position, seconds=1)
+            assert (told.complete, [each.replica for each in told.lagging]) == (False, ["pod-a"])
+            answer = await asyncio.to_thread(server.check, "203.0.113.7")
+            assert answer.status.code == 0, "it has not heard of the block"
+            server.signal(signal.SIGTERM)
+            assert await asyncio.to_thread(server.wait_exit) == 0
+            assert await self.names(store) == ["pod-a"]
+            assert not (await wait_for_servers(store, position, seconds=0)).complete

@@ -25,8 +25,8 @@ WIDEST_UNASKED = {4: 8, 6: 16}
 """Entries with a shorter prefix than this, by address version, are asked about: most of them are typing errors."""
 
 _NOBODY_MOVES = (
-    "registered tenants stay where they are: `authzctl affinity rebalance` shows which of them the hash would place "
-    "elsewhere now"
+    "registered tenants stay where they are (`authzctl affinity rebalance` shows which of them the hash would place "
+    "elsewhere now); where servers place others by the hash (AUTHZ_UNKNOWN_TENANT), some of those move at once"
 )
 
 _NAMED = 5
