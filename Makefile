@@ -43,6 +43,7 @@ bench: $(READY) ## Measure (minutes; needs h2load and wrk): the match table, a c
 	$(BIN)/python -m loadtest.match_table
 	$(BIN)/python -m loadtest.tight_loop
 	$(BIN)/python -m loadtest.memory
+	$(BIN)/python -m loadtest.reload
 	for part in cpu overload hostile resets drain; do $(BIN)/python -m loadtest.$$part grpcio || exit 1; done
 	$(BIN)/python -m loadtest.store
 

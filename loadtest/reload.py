@@ -1,0 +1,108 @@
+"""What checks notice of a full load and of changes, and how soon a server is ready, with a million networks.
+
+Run `python -m loadtest.reload` in the project's folder (some ten minutes, 3 GB). A real Valkey holds the policy, a real
+server follows it, and one client asks without pause. Each figure under work stands beside the same client's figure just
+before, on the same server. Replacing more records than a server takes over one by one is what leads to a full load.
+"""
+
+import asyncio
+import random
+import secrets
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from authz_server.policy.access import Entry
+from authz_server.policy.addresses import Network
+from authz_server.policy.records import entry_key
+from authz_server.store.interface import Change, Write
+from authz_server.store.keys import encode_record
+from authz_server.store.redis_store import RedisStore
+from loadtest.large_policy import BLOCKED, FEED, RUNS, LargePolicy, RealServer, Waits, closed_loop, entries, replace
+from loadtest.match_table import random_networks
+
+FEED_NETWORKS = 60_000
+QUIET_SECONDS = 10.0
+CHANGES, CHANGE_SECONDS = 60_000, 0.001
+_WRITERS = 4
+
+
+async def change_often(store: RedisStore) -> float:
+    """Add and remove entries, one change in CHANGE_SECONDS if the store keeps up; returns the changes a second."""
+    epoch = (await store.position()).epoch
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+
+    async def write(writer: int) -> None:
+        for number in range(writer, CHANGES, _WRITERS):
+            await asyncio.sleep(max(0.0, began + number * CHANGE_SECONDS - loop.time()))
+            # The policy has no network of this length.
+            entry = Entry(Network(4, number // (2 * _WRITERS) * _WRITERS + writer << 1, 31), "why", "who", 1)
+            key, text = entry_key(BLOCKED, entry), encode_record(entry)
+            adding = number // _WRITERS % 2 == 0
+            one = Write(key, None, entry) if adding else Write(key, text, None)
+            await store.apply(Change(secrets.token_hex(8), epoch, "loadtest", "measured", "loadtest", (one,)))
+
+    await asyncio.gather(*map(write, range(_WRITERS)))
+    return CHANGES / (loop.time() - began)
+
+
+def tell(console: Console, what: str, quiet: Waits, busy: Waits) -> None:
+    """Print one comparison."""
+    console.print(
+        f"{what}: p99 {busy.p99:.2f} ms, {busy.p99 / quiet.p99:.2f} x {quiet.p99:.2f}; longest {busy.longest:.1f} ms, "
+        f"before {quiet.longest:.1f}; {busy.refused} of {busy.count} refused"
+    )
+
+
+def measure(policy: LargePolicy, folder: Path, console: Console) -> None:
+    """Print all figures."""
+    file = folder / "snapshot"
+    feeds = [random_networks(((4, 32, 1.0),), FEED_NETWORKS, random.Random(number)) for number in range(2)]
+    with RealServer(policy.valkey, file) as server:
+        console.print(
+            f"ready from the store after {server.ready_seconds:.1f} s, {server.resident_mib():.0f} MiB, "
+            f"file of {file.stat().st_size / 1e6:.1f} MB"
+        )
+        with closed_loop(server.port) as ask:
+            ratios, longest = [], []
+            for number in range(RUNS):
+                feed = entries(FEED, feeds[number % 2])
+                quiet = ask(QUIET_SECONDS)
+                revision = policy.ask(lambda store, feed=feed: replace(store, feed))  # type: ignore[misc]
+                ask(None)
+                seconds = server.wait_for_revision(revision)
+                busy = ask(None)
+                tell(console, f"full load, {seconds:.0f} s", quiet, busy)
+                ratios.append(busy.p99 / quiet.p99)
+                longest.append(busy.longest)
+            quiet = ask(QUIET_SECONDS)
+            rate = policy.ask(change_often)
+            tell(console, f"{rate:.0f} changes a second", quiet, ask(None))
+        console.print(
+            f"full loads, medians of {RUNS}: p99 {statistics.median(ratios):.2f} x, "
+            f"longest {statistics.median(longest):.1f} ms; at most {server.resident_mib('VmHWM'):.0f} MiB in the server"
+        )
+    for kind in ("with", "without"):
+        if kind == "without":
+            policy.valkey.stop()
+        seconds_to_ready = []
+        for _ in range(RUNS):
+            with RealServer(policy.valkey, file) as server:
+                seconds_to_ready.append(server.ready_seconds)
+        middle = statistics.median(seconds_to_ready)
+        console.print(f"ready from the file, {kind} the store: {middle:.1f} s (median of {RUNS})")
+
+
+def main() -> None:
+    """Fill a store, and measure."""
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    with LargePolicy() as policy, tempfile.TemporaryDirectory() as folder:
+        measure(policy, Path(folder), console)
+
+
+if __name__ == "__main__":
+    main()
