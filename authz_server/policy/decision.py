@@ -146,13 +146,14 @@ def _judge_tenant(tenant_id: str, snapshot: Snapshot, address: Address, now: flo
 
 def _guarding(host: str, path: RequestPath, snapshot: Snapshot) -> list[Scope]:
     """Return the scopes of the resources that a request may be for, by name."""
-    if not snapshot.guarded_resources:
-        return []
+    fold_case, names = snapshot.options.fold_path_case, snapshot.guarded_names
+    if names is not None and not path.may_begin_with(names, fold_case=fold_case):
+        return []  # so it is with most requests, however many resources there are
     host = normalize_host(host)
     on_host = [guarded for guarded in snapshot.guarded_resources if guarded.resource.is_on(host)]
     if not on_host:
         return []
-    readings = path.readings(fold_case=snapshot.options.fold_path_case)
+    readings = path.readings(fold_case=fold_case)
     return [guarded.scope for guarded in on_host if guarded.resource.holds(readings)]
 
 

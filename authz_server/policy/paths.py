@@ -8,7 +8,7 @@ more resources apply, and a resource can only deny what would otherwise be allow
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Container
 from dataclasses import dataclass, field
 from posixpath import normpath
 from urllib.parse import unquote_to_bytes
@@ -87,6 +87,14 @@ def fold_text(text: str) -> str:
     return text.upper().casefold().replace("i\u0307", "i")
 
 
+def first_name(path: str) -> str:
+    """Return a path's first segment up to its first dot, without spaces at the end.
+
+    It is the same for a pattern that does not begin with `*` and for every reading that lies within it.
+    """
+    return path[1:].partition("/")[0].partition(".")[0].rstrip(" ")
+
+
 def is_odd(path: str) -> bool:
     """Tell whether a path (without query) can be read in more than one way, letter case apart.
 
@@ -143,6 +151,13 @@ class RequestPath:
         if not is_odd(path):
             return len(path) > MAX_PATH_LENGTH
         return _ESCAPED_PERCENT in path or len(path) > MAX_ODD_PATH_LENGTH
+
+    def may_begin_with(self, names: Container[str], *, fold_case: bool) -> bool:
+        """Tell whether the `first_name` of any reading can be one of these; always, when there are many readings."""
+        if is_odd(self.text):
+            return True
+        name = first_name(self.text)
+        return (fold_text(name) if fold_case else name) in names
 
     def readings(self, *, fold_case: bool) -> Collection[str]:
         """Return what `read_path` returns, each once."""

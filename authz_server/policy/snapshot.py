@@ -24,7 +24,7 @@ from authz_server.policy.access import (
 from authz_server.policy.addresses import InvalidNetworkError, Network, parse_network
 from authz_server.policy.affinity import Instance, InstanceState, Tenant
 from authz_server.policy.networks import ColumnsDraft, NetworkTable
-from authz_server.policy.paths import fold_case, parse_path_pattern
+from authz_server.policy.paths import PathPattern, first_name, fold_case, parse_path_pattern
 from authz_server.policy.records import Record, RecordKey, RecordKind, Unreadable
 from authz_server.policy.sharded import Sharded, ShardedDraft
 from authz_server.policy.tenant import TenantSource
@@ -115,6 +115,9 @@ class Snapshot:
     global_scope: Scope = _OPEN_EVERYWHERE
     guarded_resources: tuple[GuardedResource, ...] = ()
     """By resource name; patterns are ready for comparison with readings (case folded when the options say so)."""
+    guarded_names: frozenset[str] | None = frozenset()
+    """The `first_name` of every path in `guarded_resources`: paths that begin with others are in none of them. None:
+    one of them can begin with anything."""
     entries: Mapping[str, Mapping[Network, Entry]] = field(default_factory=dict)
     """List name -> what people say of each network, which no decision needs: only where `build_snapshot` was asked
     to keep it, and not carried forward."""
@@ -346,7 +349,15 @@ def _derived(snapshot: Snapshot) -> dict[str, Any]:
     return {
         "global_scope": snapshot.scopes.get(GLOBAL_SCOPE) or _OPEN_EVERYWHERE,
         "guarded_resources": tuple(guarded),
+        "guarded_names": _first_names(path for one in guarded for path in one.resource.paths),
     }
+
+
+def _first_names(patterns: Iterable[PathPattern]) -> frozenset[str] | None:
+    segments = [pattern.segments for pattern in patterns]
+    if any(some[:1] in ((), ("*",)) for some in segments):
+        return None
+    return frozenset(first_name(f"/{some[0]}") for some in segments)
 
 
 def _network(key: RecordKey) -> Network | None:

@@ -8,6 +8,7 @@ from support.oracle import readings as readings_by_oracle
 from authz_server.policy.paths import (
     MAX_ODD_PATH_LENGTH,
     RequestPath,
+    first_name,
     fold_case,
     fold_text,
     is_odd,
@@ -247,3 +248,15 @@ def test_patterns_that_are_not_plain_are_refused(text: str, advice: str) -> None
 def test_a_request_path_ends_at_its_first_question_mark(path: str, text: str, query: str) -> None:
     request_path = RequestPath(path)
     assert (request_path.text, request_path.query) == (text, query)
+
+
+NAME_PIECES = st.sampled_from(["docs", "v1", "DOCS", ".", " ", "..", "json", "/", "/x", "\u0130", "a", "Caf\u00e9"])
+
+
+@given(st.lists(NAME_PIECES, max_size=5).map("".join), st.lists(NAME_PIECES, max_size=6).map("".join), st.booleans())
+def test_what_lies_within_a_pattern_has_its_first_name(segment: str, rest: str, fold: bool) -> None:
+    segment = segment.replace("/", "").strip(".") or "docs"
+    pattern = fold_case(parse_path_pattern(f"/{segment}")) if fold else parse_path_pattern(f"/{segment}")
+    path = RequestPath(f"/{segment}{rest}")
+    if any(pattern.matches(reading) for reading in path.readings(fold_case=fold)):
+        assert path.may_begin_with({first_name(f"/{pattern.segments[0]}")}, fold_case=fold)
