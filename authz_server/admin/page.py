@@ -8,13 +8,13 @@ import asyncio
 import base64
 import hashlib
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import DictLoader, Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined
 
 from authz_server.decision_log import Decided, DecisionLog
 from authz_server.explanation import CannotDescribeError, Explanation, describe_request, explain
@@ -35,6 +35,10 @@ SECURITY_HEADERS: Mapping[str, str] = {
     "cache-control": "no-store",
 }
 """Nothing but this page's own style may load (CSP level 3), and no other site may frame or embed it."""
+
+_TEMPLATE = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
+    _HERE.joinpath("page.html").read_text(encoding="utf-8")
+)
 
 SHOWN = 50
 """Denials on the page."""
@@ -166,13 +170,3 @@ def _ago(seconds: int) -> str:
         if seconds >= 2 * size:
             return f"{seconds // size} {unit} ago"
     return f"{seconds} s ago"
-
-
-def _load(names: Iterable[str]) -> Environment:
-    templates = {name: _HERE.joinpath(name).read_text(encoding="utf-8") for name in names}
-    return Environment(
-        loader=DictLoader(templates), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-
-
-_TEMPLATE = _load(["page.html"]).get_template("page.html")
