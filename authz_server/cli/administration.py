@@ -30,6 +30,7 @@ from authz_server.store.interface import (
     Change,
     ChangeIdUsedError,
     ConflictError,
+    Difference,
     EpochChangedError,
     Event,
     EventRecord,
@@ -80,6 +81,8 @@ class Done:
     notes: tuple[str, ...] = ()
     acknowledgement: Acknowledgement | None = None
     """Which servers have it, when that was waited for."""
+    difference: Difference | None = None
+    """Of a change of any size, which has no steps."""
 
 
 async def first_look(store: Store) -> None:
@@ -229,15 +232,21 @@ def _other_wish(order: Order, event: Event, problem: str) -> str:
 
 
 @asynccontextmanager
-async def telling_outcome(change_id: str) -> AsyncIterator[None]:
-    """Say of a write that does not come to its end that nobody knows whether it was applied."""
+async def telling_outcome(change_id: str, *, small: bool = True) -> AsyncIterator[None]:
+    """Say of a write that does not come to its end that nobody knows whether it was applied.
+
+    Args:
+        change_id: of the write.
+        small: whether it is one command, and may take WRITE_SECONDS; else, as long as the store answers.
+    """
+    seconds = WRITE_SECONDS if small else None
     try:
-        async with asyncio.timeout(WRITE_SECONDS):
+        async with asyncio.timeout(seconds):
             yield
     except StoreUnavailableError as error:
         raise UnknownOutcomeError(change_id, str(error)) from error
     except TimeoutError as error:
-        raise UnknownOutcomeError(change_id, f"no answer came within {WRITE_SECONDS:g} seconds") from error
+        raise UnknownOutcomeError(change_id, f"no answer came within {seconds:g} seconds") from error
     except asyncio.CancelledError as error:  # how asyncio passes on Ctrl-C
         raise InterruptedWriteError(change_id) from error
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from authz_server.cli import doctor, incident, inputs
+from authz_server.cli import doctor, feed, incident, inputs
 from authz_server.cli.administration import initialise, load_snapshot
 from authz_server.cli.affinity import affinity_app, tenant_app
 from authz_server.cli.changes import (
@@ -449,6 +449,7 @@ def explain_command(
         print_explanation(explain(attributes, snapshot, now if moment is None else moment), output)
 
 
+feed.register(list_app)
 app.add_typer(list_app, name="list")
 app.add_typer(tenant_app, name="tenant")
 app.add_typer(instance_app, name="instance")

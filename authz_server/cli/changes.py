@@ -798,7 +798,7 @@ class _Draft:
 
             self.put(key, entry, replace_=replace_ or expired, same=same)
             if entry.network.prefix_length < WIDEST_UNASKED[entry.network.version]:
-                self._concerns.append(f"{entry.network} in {list_name} {_size_text(entry.network)}")
+                self._concerns.append(f"{entry.network} in {list_name} {size_text(entry.network)}")
 
     def put_scope(
         self,
@@ -980,7 +980,8 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _size_text(network: Network) -> str:
+def size_text(network: Network) -> str:
+    """Say how many addresses a network covers, for a sentence that begins with it."""
     size = int(IPNetwork(str(network)).size)
     share = "every address there is" if network.prefix_length == 0 else f"{size:,} addresses"
     return f"covers {share} of IPv{network.version}"

@@ -19,6 +19,8 @@ MAX_TEXT_LENGTH = 500
 
 _CHANGE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}", re.ASCII)
 
+_COMMENT = re.compile("[#;]")
+
 T = TypeVar("T")
 
 
@@ -123,16 +125,14 @@ def lines(reader: Reader, path: Path, columns: Sequence[str], problems_at_most: 
     """
     rows: dict[tuple[str, ...], None] = {}
     problems: list[str] = []
-    try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reader.refuse(f"{path} cannot be read: {error}")
+    where = _file_name(path)
+    text = _read_file(reader, path)
+    if text is None:
         return []
     for number, line_text in enumerate(text.splitlines(), 1):
         words = line_text.partition("#")[0].replace(",", " ").split()
         if not words:
             continue
-        where = "standard input" if str(path) == "-" else str(path)
         if len(words) != len(columns):
             problems.append(f"{where}, line {number}: {line_text.strip()!r} must be {' and '.join(columns)}")
             continue
@@ -147,8 +147,49 @@ def lines(reader: Reader, path: Path, columns: Sequence[str], problems_at_most: 
     if len(problems) > problems_at_most:
         reader.refuse(f"and {len(problems) - problems_at_most:,} lines more")
     if not rows and not problems:
-        reader.refuse(f"{path} names nothing")
+        reader.refuse(f"{where} names nothing")
     return list(rows)
+
+
+def feed(reader: Reader, path: Path) -> tuple[Network, ...]:
+    """Read a file (`-`: standard input) of networks, one a line; one that is there twice counts once.
+
+    Empty lines, and what follows a `#` or a `;`, do not count. All lines are read before anything is done, and each
+    that is wrong is told with its number and text; only of a file that holds no network at all the first is.
+    """
+    text = _read_file(reader, path)
+    if text is None:
+        return ()
+    found: dict[Network, None] = {}
+    problems: list[str] = []
+    for number, line_text in enumerate(text.splitlines(), 1):
+        word = _COMMENT.split(line_text, maxsplit=1)[0].strip()
+        if not word:
+            continue
+        try:
+            found[parse_network(word)] = None
+        except ValueError as error:
+            problems.append(f"{_file_name(path)}, line {number}: {error}")
+    if problems and not found and len(problems) > 1:
+        reader.refuse(
+            f"{_file_name(path)} is no list of networks: none of {len(problems):,} lines is one. {problems[0]}"
+        )
+        return ()
+    for problem in problems:
+        reader.refuse(problem)
+    return tuple(found)
+
+
+def _read_file(reader: Reader, path: Path) -> str | None:
+    try:
+        return sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reader.refuse(f"{_file_name(path)} cannot be read: {error}")
+        return None
+
+
+def _file_name(path: Path) -> str:
+    return "standard input" if str(path) == "-" else str(path)
 
 
 def header(text: str) -> tuple[str, str]:

@@ -28,6 +28,7 @@ from authz_server.policy.affinity import Hold, Instance, Tenant
 from authz_server.policy.decision import Allowed
 from authz_server.policy.reasons import Reason
 from authz_server.policy.records import Record, RecordKey, RecordKind, Unreadable
+from authz_server.store.interface import Difference
 
 Json = str | int | float | bool | None | Sequence["Json"] | Mapping[str, "Json"]
 
@@ -190,6 +191,12 @@ def progress_shown(output: OutputFormat) -> Iterator[OnProgress]:
         progress.stop()
 
 
+def print_notice(sentence: str, output: OutputFormat) -> None:
+    """Print for people, to standard error, what they should know before the command goes on."""
+    if output is OutputFormat.TABLE:
+        _console(stderr=True).print(plain(sentence))
+
+
 def print_moved(moved: Moved, output: OutputFormat) -> None:
     """Print what became of many wishes (OutputLostError: it cannot be written; the error says what became of them)."""
     summary = _moved_summary(moved)
@@ -230,6 +237,8 @@ def _print_acknowledged(console: Console, told: Acknowledgement | None) -> None:
 
 
 def _summary(done: Done) -> str:
+    if done.difference and not done.changed:
+        return f"Only looked: nothing was written for {done.action}."
     if not done.changed:
         return f"Nothing to do for {done.action}: it is so already (revision {done.position.revision})."
     if done.repeated:
@@ -257,8 +266,21 @@ def done_json(done: Done) -> dict[str, Json]:
             }
             for step in done.steps
         ],
+        "difference": difference_json(done.difference),
         "notes": list(done.notes),
         "servers": acknowledgement_json(done.acknowledgement),
+    }
+
+
+def difference_json(difference: Difference | None) -> dict[str, Json] | None:
+    """Return how many records a change of any size writes."""
+    if difference is None:
+        return None
+    return {
+        "added": difference.added,
+        "changed": difference.changed,
+        "removed": difference.removed,
+        "unchanged": difference.unchanged,
     }
 
 

@@ -48,6 +48,7 @@ from authz_server.cli.output import (
     waiting_shown,
 )
 from authz_server.policy.access import Entry
+from authz_server.policy.addresses import Network
 from authz_server.policy.snapshot import DecisionOptions, Snapshot
 from authz_server.settings import HIDDEN, Settings, SettingsError, load_settings
 from authz_server.store.interface import (
@@ -210,12 +211,13 @@ class Writer:
 
     def entries(self, texts: Iterable[str], expires: str | None, owner: str | None) -> tuple[Entry, ...]:
         """Read networks and what is said of them into entries."""
+        return self.entries_of(inputs.networks(self.reader, texts), expires, owner)
+
+    def entries_of(self, networks: Iterable[Network], expires: str | None, owner: str | None) -> tuple[Entry, ...]:
+        """Read what is said of networks, and make entries of them."""
         expires_at = inputs.expiry(self.reader, expires, self.now)
         owner = self.reader.read(inputs.line("--owner"), owner or "") or ""
-        return tuple(
-            Entry(network, self.reason, self.actor, int(self.now), owner, expires_at)
-            for network in inputs.networks(self.reader, texts)
-        )
+        return tuple(Entry(network, self.reason, self.actor, int(self.now), owner, expires_at) for network in networks)
 
     def wish(self, wish: Wish) -> None:
         """Carry out a wish and print what became of it."""

@@ -5,7 +5,7 @@ one and appends an event to the change stream, so whoever holds the state at rev
 holds the same state as the store.
 """
 
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -190,6 +190,8 @@ class Replacement:
     action: str
     contents: Mapping[str, Mapping[RecordKey, Record]]
     """Collection (see `keys.collection`) -> its records afterwards."""
+    keeps: Callable[[Record, Record], bool] | None = None
+    """Whether a record that is there (the first) stays as it is in place of the one wished; None: only an equal one."""
 
     def __post_init__(self) -> None:
         if not self.change_id:
@@ -208,14 +210,31 @@ class WriteResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Difference:
+    """What a replacement comes to, in records."""
+
+    added: int = 0
+    changed: int = 0
+    removed: int = 0
+    unchanged: int = 0
+
+    @property
+    def before(self) -> int:
+        """How many there were."""
+        return self.changed + self.removed + self.unchanged
+
+    def __bool__(self) -> bool:
+        """Tell whether there is anything to write."""
+        return bool(self.added or self.changed or self.removed)
+
+
+@dataclass(frozen=True, slots=True)
 class Replaced:
     """What became of a replacement."""
 
     result: WriteResult | None
-    """None: everything was as wished, and nothing was written."""
-    added: int = 0
-    changed: int = 0
-    removed: int = 0
+    """None: everything was as wished, or it was not approved, and nothing was written."""
+    difference: Difference
 
 
 @dataclass(frozen=True, slots=True)
@@ -471,8 +490,14 @@ class Store(Protocol):
             ValueError: a record does not belong under its key, or could not be read again.
         """
 
-    async def replace(self, replacement: Replacement) -> Replaced:
+    async def replace(
+        self, replacement: Replacement, approve: Callable[[Difference], bool] = lambda _: True
+    ) -> Replaced:
         """Make collections hold what is wished, in full or not at all.
+
+        Args:
+            replacement: what is wished.
+            approve: called with what is to be written, before anything is; False: leave it. May raise.
 
         Raises:
             CollectionTouchedError: somebody changed one of them meanwhile; ask again.

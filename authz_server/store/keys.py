@@ -10,6 +10,7 @@ Reading is strict and never raises: what this version does not understand in ful
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -30,7 +31,7 @@ from authz_server.policy.affinity import MAX_WEIGHT, Hold, Instance, InstanceSta
 from authz_server.policy.identifiers import parse_identifier
 from authz_server.policy.paths import parse_path_pattern
 from authz_server.policy.records import Record, RecordKey, RecordKind, Unreadable
-from authz_server.store.interface import Change, EventRecord, Position, Replica, Report
+from authz_server.store.interface import Change, Difference, EventRecord, Position, Replacement, Replica, Report
 
 ENTRIES = "entries:"
 """What the collection of a list's entries begins with."""
@@ -140,6 +141,32 @@ def replacement_digest(action: str, counted: Mapping[str, tuple[int, int]]) -> s
     """Return what two replacements have in common if they leave the same records (by number and sum of shares)."""
     rows = [(name, *counted[name]) for name in sorted(counted)]
     return hashlib.sha256(json.dumps([action, rows]).encode()).hexdigest()[:32]
+
+
+def wished_texts(replacement: Replacement, name: str, old: Mapping[str, str]) -> dict[str, str]:
+    """Return the texts that a collection is to hold, by field; `old` are those that it holds.
+
+    Raises:
+        ValueError: a record does not belong under its key, or could not be read again.
+    """
+    texts = {}
+    for key, wished in replacement.contents[name].items():
+        text = encode_readable(key, wished)
+        before = old.get(key.name)
+        if before is not None and before != text and replacement.keeps:
+            there = decode_record(key, before)
+            if not isinstance(there, Unreadable) and replacement.keeps(there, wished):
+                text = before
+        texts[key.name] = text
+    return texts
+
+
+def count_difference(changed: Iterable[tuple[str | None, str | None]], wished: int) -> Difference:
+    """Count records that differ, each a (text before, text after), where so many in all are wished."""
+    kinds = Counter(
+        "added" if before is None else "removed" if after is None else "changed" for before, after in changed
+    )
+    return Difference(**kinds, unchanged=wished - kinds["added"] - kinds["changed"])
 
 
 def encode_record(record: Record) -> str:

@@ -15,6 +15,7 @@ from authz_server.store.interface import (
     ChangeIdUsedError,
     Check,
     ConflictError,
+    Difference,
     Durability,
     DurabilityError,
     EpochChangedError,
@@ -43,6 +44,7 @@ from authz_server.store.keys import (
     SUM_MODULUS,
     change_digest,
     collection,
+    count_difference,
     decode_record,
     decode_report,
     encode_readable,
@@ -51,6 +53,7 @@ from authz_server.store.keys import (
     replacement_digest,
     reported_by,
     share,
+    wished_texts,
 )
 
 _INIT_DIGEST = "init"
@@ -161,7 +164,9 @@ class MemoryStore:
         )
         return WriteResult(position, repeated=False)
 
-    async def replace(self, replacement: Replacement) -> Replaced:
+    async def replace(
+        self, replacement: Replacement, approve: Callable[[Difference], bool] = lambda _: True
+    ) -> Replaced:
         """See `Store.replace`; in one change, however many records it touches."""
         before = await self.position()
         if before.epoch != replacement.epoch:
@@ -171,19 +176,21 @@ class MemoryStore:
         for name, wished in replacement.contents.items():
             if stray := next((key for key in wished if collection(key) != name), None):
                 raise ValueError(f"{stray} does not belong into {name}")
-            new = contents[name] = {key.name: encode_readable(key, record) for key, record in wished.items()}
             old = self.collections.get(name, {})
+            new = contents[name] = wished_texts(replacement, name, old)
             for field in sorted(old.keys() | new.keys()):
                 if old.get(field) != new.get(field):
                     key = record_key_of(name, field)
                     records.append(EventRecord(key, old.get(field), new.get(field), wished.get(key)))
-        if not records:
-            return Replaced(None)
+        wished_in_all = sum(len(new) for new in contents.values())
+        difference = count_difference(((record.previous, record.new) for record in records), wished_in_all)
+        if not difference or not approve(difference):
+            return Replaced(None, difference)
         self._compare(contents)
         counted = {name: (len(new), sum(share(*item) for item in new.items())) for name, new in contents.items()}
         digest = replacement_digest(replacement.action, counted)
         if replacement.change_id in self._results:
-            return Replaced(self._repeated(replacement.change_id, digest))
+            return Replaced(self._repeated(replacement.change_id, digest), difference)
         for name, new in contents.items():
             for kept in (self.collections, self.counts, self.sums):
                 kept.pop(name, None)
@@ -202,8 +209,7 @@ class MemoryStore:
             {name: len(new) for name, new in contents.items()},
         )
         await self._append(event, digest)
-        added, removed = (sum(getattr(record, side) is None for record in records) for side in ("previous", "new"))
-        return Replaced(WriteResult(position, repeated=False), added, len(records) - added - removed, removed)
+        return Replaced(WriteResult(position, repeated=False), difference)
 
     async def difference(self, event: Event) -> AsyncIterator[tuple[EventRecord, ...]]:
         """See `Store.difference`."""

@@ -45,6 +45,7 @@ from authz_server.store.interface import (
     ChangeIdUsedError,
     CollectionTouchedError,
     ConflictError,
+    Difference,
     Durability,
     DurabilityError,
     EpochChangedError,
@@ -80,6 +81,7 @@ from authz_server.store.keys import (
     Count,
     change_digest,
     collection,
+    count_difference,
     decode_record,
     decode_report,
     encode_event_records,
@@ -92,6 +94,7 @@ from authz_server.store.keys import (
     replacement_digest,
     reported_by,
     share,
+    wished_texts,
 )
 
 T = TypeVar("T")
@@ -311,7 +314,9 @@ class RedisStore:
             case _:
                 raise self._inconsistent(details[0])
 
-    async def replace(self, replacement: Replacement) -> Replaced:
+    async def replace(
+        self, replacement: Replacement, approve: Callable[[Difference], bool] = lambda _: True
+    ) -> Replaced:
         """See `Store.replace`; a difference that one change can hold is written as one."""
         standing = await self.position()
         lines = await self._counts(replacement.contents)
@@ -321,21 +326,17 @@ class RedisStore:
         for name, records in replacement.contents.items():
             if stray := next((key for key in records if collection(key) != name), None):
                 raise ValueError(f"{stray} does not belong into {name}")
-            new = texts[name] = {key.name: encode_readable(key, record) for key, record in records.items()}
             old = {member: text async for member, text in self._scan(name)}
+            new = texts[name] = wished_texts(replacement, name, old)
             difference += (
                 (record_key_of(name, member), old.get(member), new.get(member))
                 for member in sorted(old.keys() | new.keys())
                 if old.get(member) != new.get(member)
             )
             counted[name] = (len(new), sum(share(*item) for item in new.items()) % SUM_MODULUS)
-        told = {
-            "added": sum(before is None for _, before, _ in difference),
-            "removed": sum(after is None for _, _, after in difference),
-        }
-        told["changed"] = len(difference) - told["added"] - told["removed"]
-        if not difference:
-            return Replaced(None)
+        told = count_difference(((before, after) for _, before, after in difference), sum(map(len, texts.values())))
+        if not difference or not approve(told):
+            return Replaced(None, told)
         if standing.epoch != replacement.epoch:
             raise self._epoch_changed(standing.epoch)
         if len(difference) <= MAX_WRITES_PER_CHANGE:
@@ -349,7 +350,7 @@ class RedisStore:
                 replacement.action,
                 writes,
             )
-            return Replaced(await self.apply(change), **told)
+            return Replaced(await self.apply(change), told)
         try:
             result = await self._switch_to(replacement, lines, texts, counted, difference)
         except StoreError:
@@ -357,7 +358,7 @@ class RedisStore:
             raise
         with self._errors():
             await self._forget_differences()
-        return Replaced(result, **told)
+        return Replaced(result, told)
 
     async def _switch_to(
         self,

@@ -14,7 +14,7 @@ from support.policies import ACME, OFFICE, Q1, Writer, by_key, network_entry, ne
 from support.redis_shapes import Cluster, Watched, debian_redis
 
 from authz_server.demo.valkey import Valkey
-from authz_server.policy.access import NamedList
+from authz_server.policy.access import Entry, NamedList
 from authz_server.policy.affinity import Instance, Tenant
 from authz_server.policy.records import Record, RecordKey, RecordKind, Unreadable
 from authz_server.store.address import RedisAddress
@@ -25,6 +25,7 @@ from authz_server.store.interface import (
     ChangeIdUsedError,
     Check,
     ConflictError,
+    Difference,
     EpochChangedError,
     Finding,
     InconsistentStateError,
@@ -759,7 +760,7 @@ async def test_a_collection_is_replaced_by_another(store: Store, writer: Writer,
     wished = await replacement(store, many(range(size)))
     replaced = await store.replace(wished)
     assert replaced.result
-    assert (replaced.added, replaced.changed, replaced.removed) == (size, 0, 1)
+    assert replaced.difference == Difference(added=size, removed=1)
     assert replaced.result.position.revision == before.revision + 1
     loaded = await store.load()
     assert by_key(loaded) == {Q1: Instance("q1")} | many(range(size))
@@ -787,7 +788,7 @@ async def test_a_collection_is_replaced_by_another(store: Store, writer: Writer,
     # Ordinary changes go on from there, and it can be emptied again.
     await writer.set((network_key("10.0.0.1/32"), network_entry("10.0.0.1/32", "by hand")))
     emptied = await store.replace(await replacement(store, {}))
-    assert (emptied.added, emptied.changed, emptied.removed) == (0, 0, size)
+    assert emptied.difference == Difference(removed=size)
     assert by_key(await store.load()) == {Q1: Instance("q1")}
     assert (await store.examine()).sound
 
@@ -798,7 +799,7 @@ async def test_a_replacement_changes_what_differs_and_nothing_else(store: Store,
     before = await store.position()
     wished = many(range(500, 1500)) | many(range(1500, 3000), "anew")
     replaced = await store.replace(await replacement(store, wished))
-    assert (replaced.added, replaced.changed, replaced.removed) == (500, 1000, 500)
+    assert replaced.difference == Difference(added=500, changed=1000, removed=500, unchanged=1000)
     assert by_key(await store.load()) == wished
     [event] = await store.events_after(before, wait_seconds=0)
     if event.parts:
@@ -817,3 +818,34 @@ async def test_a_record_of_another_collection_is_refused(store: Store, writer: W
     await writer.init()
     with pytest.raises(ValueError, match="instance q1 does not belong into entries:office"):
         await store.replace(await replacement(store, {Q1: Instance("q1")}))
+
+
+@pytest.mark.parametrize("size", [3, 2500], ids=["small", "large"])
+async def test_records_that_may_stay_as_they_are_do(store: Store, writer: Writer, size: int) -> None:
+    await writer.init()
+    await store.replace(await replacement(store, many(range(size))))
+
+    def keeps(old: Record, _: Record) -> bool:
+        return isinstance(old, Entry) and old.network.first % 2 == 0
+
+    wished = await replacement(store, many(range(1, size + 1), "anew"), keeps=keeps)
+    replaced = await store.replace(wished)
+    kept = (size - 1) // 2
+    assert replaced.difference == Difference(added=1, changed=size - 1 - kept, removed=1, unchanged=kept)
+    stayed = many(range(2, size, 2))
+    assert by_key(await store.load()) == many(range(1, size + 1), "anew") | stayed
+
+
+@pytest.mark.parametrize("size", [3, 2500], ids=["small", "large"])
+async def test_a_replacement_that_is_not_approved_writes_nothing(store: Store, writer: Writer, size: int) -> None:
+    await writer.init()
+    before = await store.load()
+    told = []
+
+    def refuse(difference: Difference) -> bool:
+        told.append(difference)
+        return False
+
+    assert (await store.replace(await replacement(store, many(range(size))), refuse)).result is None
+    assert told == [Difference(added=size)]
+    assert await store.load() == before
