@@ -165,6 +165,11 @@ class ChildLoader:
         self._packed: int | None = None
         """The memory that holds what was loaded last; the next child starts from it when it is to repack."""
 
+    @property
+    def packed_bytes(self) -> int:
+        """Size of what was loaded or packed last; 0 before."""
+        return 0 if self._packed is None else os.fstat(self._packed).st_size
+
     async def restore(self) -> Loaded | None:
         """See `Loader.restore`. A file that must not be served is told to `on_file`, and left as it is."""
         if self._path is None:

@@ -2,11 +2,11 @@
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from heapq import nlargest
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, disable_created_metrics
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -31,6 +31,7 @@ WINDOW_SECONDS = 60.0
 """Over which the busiest tenants are counted, at least."""
 _PROPAGATION_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
 _SECONDS = (0.00002, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25)
+_WAIT_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5)
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the number of series, and nothing here needs them
 
@@ -42,6 +43,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._checks = CheckCounts()
         self.registry.register(self._checks)
+        ProcessCollector(registry=self.registry)
         shadow = Counter(
             "authz_shadow_denials_total",
             "Denials that scopes in shadow would have caused, by kind of scope.",
@@ -71,6 +73,10 @@ class Metrics:
         for outcome in decision.shadow_denials:
             self._shadow[outcome.scope.partition(":")[0]].inc()
 
+    def observe_wait(self, seconds: float, checks: int) -> None:
+        """Count checks whose decision began, after so long."""
+        self._checks.waits.count(seconds, checks)
+
     def count_unavailable(self) -> None:
         """Count one check that found no snapshot."""
         self._unavailable.inc()
@@ -80,26 +86,48 @@ class Metrics:
         self._propagation.observe(max(0.0, in_use_at - changed_at))
 
 
+class Durations:
+    """A histogram of plain numbers that becomes a metric only when it is asked for.
+
+    One of the library takes ten times as long to count, most of it for a lock. So `count` is for one thread.
+    """
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        """By the first bound that is not exceeded; the last holds the others."""
+        self._seconds = 0.0
+
+    def count(self, seconds: float, times: int = 1) -> None:
+        """Count a duration that was seen so often."""
+        self._counts[bisect_left(self._bounds, seconds)] += times
+        self._seconds += seconds * times
+
+    def metric(self, name: str, documentation: str) -> HistogramMetricFamily:
+        """Return the counts as they are."""
+        bounds = [*map(str, self._bounds), "+Inf"]
+        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
+        return HistogramMetricFamily(name, documentation, buckets=buckets, sum_value=self._seconds)
+
+
 class CheckCounts(Collector):
     """What is counted at every check: reasons, durations, and where instances came from.
 
-    Plain numbers that become metrics only when they are asked for: a counter of the library takes ten times as long
-    to count, most of it for a lock. So `count` is for one thread, the one that answers checks.
+    `count` is for one thread, the one that answers checks (see Durations).
     """
 
     def __init__(self) -> None:
         # All are there now, so that a series exists before its first event.
         self._reasons = dict.fromkeys(Reason, 0)
         self._sources = dict.fromkeys(Affinity, 0)
-        self._durations = [0] * (len(_SECONDS) + 1)
-        """Checks by the first bound of _SECONDS that they do not exceed; the last holds the others."""
-        self._seconds = 0.0
+        self._durations = Durations(_SECONDS)
+        self.waits = Durations(_WAIT_SECONDS)
+        """Of checks that were begun."""
 
     def count(self, decision: Decision, seconds: float) -> None:
         """Count one answered check."""
         self._reasons[decision.reason] += 1
-        self._durations[bisect_left(_SECONDS, seconds)] += 1
-        self._seconds += seconds
+        self._durations.count(seconds)
         if isinstance(decision, Allowed):
             self._sources[decision.affinity] += 1
 
@@ -111,13 +139,10 @@ class CheckCounts(Collector):
         for reason, count in self._reasons.items():
             checks.add_metric(("ok" if reason in _ALLOWING else "denied", reason.value), count)
         yield checks
-        bounds = [*map(str, _SECONDS), "+Inf"]
-        yield HistogramMetricFamily(
-            "authz_check_seconds",
-            "From the first byte of a check read to the last byte of its answer written.",
-            buckets=list(zip(bounds, accumulate(self._durations), strict=True)),
-            sum_value=self._seconds,
+        yield self._durations.metric(
+            "authz_check_seconds", "From the first byte of a check read to the last byte of its answer written."
         )
+        yield self.waits.metric("authz_queue_seconds", "From when a check was received whole until its decision began.")
         sources = CounterMetricFamily(
             "authz_affinity",
             "Allowed requests by where their instance came from: pinned, hashed, or none named.",
@@ -188,6 +213,8 @@ class StateCollector(Collector):
         ready: Callable[[], bool],
         log_dropped: Callable[[], int],
         shed: Callable[[], int],
+        in_flight: Callable[[], int],
+        packed_bytes: Callable[[], int],
     ) -> None:
         """Make a collector to be registered.
 
@@ -203,6 +230,8 @@ class StateCollector(Collector):
             ready: tells whether the process is ready.
             log_dropped: returns how many decisions the log could not take.
             shed: returns how many calls the transport could not take on.
+            in_flight: returns how many calls the transport has and has not answered.
+            packed_bytes: returns the size of what was loaded last.
         """
         self._current = current
         self._source = source
@@ -215,6 +244,8 @@ class StateCollector(Collector):
         self._ready = ready
         self._log_dropped = log_dropped
         self._shed = shed
+        self._in_flight = in_flight
+        self._packed_bytes = packed_bytes
 
     def collect(self) -> Iterator[Metric]:
         """Yield the gauges; those of a snapshot only while there is one."""
@@ -254,6 +285,9 @@ class StateCollector(Collector):
             "Calls that there was no time or memory for: UNAVAILABLE, and Envoy's fail-open setting had the word.",
             value=self._shed(),
         )
+        yield GaugeMetricFamily(
+            "authz_in_flight", "Calls received and not answered yet, those that wait included.", value=self._in_flight()
+        )
         age_seconds = self._age_seconds()
         if age_seconds is not None:
             yield GaugeMetricFamily(
@@ -272,6 +306,11 @@ class StateCollector(Collector):
         )
         yield GaugeMetricFamily(
             "authz_snapshot_revision", "Revision of the snapshot that decisions are made from.", value=snapshot.revision
+        )
+        yield GaugeMetricFamily(
+            "authz_snapshot_bytes",
+            "Size of the snapshot as it was loaded or packed last, and of its file; changes since then are not in it.",
+            value=self._packed_bytes(),
         )
         yield GaugeMetricFamily(
             "authz_snapshot_unreadable_records",

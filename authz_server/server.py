@@ -133,6 +133,8 @@ async def _serve(settings: Settings, stopping: asyncio.Event, stack: AsyncExitSt
             file_problem=lambda: file_watch.problem,
             log_dropped=lambda: log.dropped,
             shed=lambda: transport.shed,
+            in_flight=lambda: transport.in_flight,
+            packed_bytes=lambda: loader.packed_bytes,
         )
     )
     tracing = _tracing(settings)
@@ -152,6 +154,7 @@ async def _serve(settings: Settings, stopping: asyncio.Event, stack: AsyncExitSt
         health=health,
         max_request_bytes=settings.max_request_bytes,
         max_wait_seconds=settings.max_wait_seconds,
+        observe_wait=metrics.observe_wait,
     )
     admin = AdminServer(
         build_admin_app(

@@ -59,6 +59,18 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 _quantiles("authz_check_seconds_bucket{PODS}[5m]", (0.5, 0.99, 0.999)),
             ),
             Panel(
+                "Time in the queue",
+                "From when a check was there whole until its decision began. grpcio knows it of Envoy's checks only.",
+                "s",
+                _quantiles("authz_queue_seconds_bucket{PODS}[5m]", (0.5, 0.99)),
+            ),
+            Panel(
+                "In flight",
+                "Calls received and not answered yet, by pod.",
+                "short",
+                (("authz_in_flight{PODS}", "{{pod}}"),),
+            ),
+            Panel(
                 "What shadow scopes would have denied",
                 "Before a scope is enforced, this must be what you expect.",
                 "reqps",
@@ -127,6 +139,12 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 (("max by (kind) (authz_snapshot_records{PODS})", "{{kind}}"),),
             ),
             Panel(
+                "Size of the snapshot",
+                "As it was loaded or packed last, and as its file has it; by pod.",
+                "bytes",
+                (("authz_snapshot_bytes{PODS}", "{{pod}}"),),
+            ),
+            Panel(
                 "Records that cannot be read",
                 "Their last good values, or closed ones, stand in for them; and the scopes that suffer by it.",
                 "short",
@@ -154,6 +172,18 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                     ("sum(rate(authz_shed_total{PODS}[5m]))", "shed"),
                     ("sum(rate(authz_decision_log_dropped_total{PODS}[5m]))", "not logged"),
                 ),
+            ),
+            Panel(
+                "CPU",
+                "Cores of each pod. A check is decided on one.",
+                "short",
+                (("rate(process_cpu_seconds_total{PODS}[5m])", "{{pod}}"),),
+            ),
+            Panel(
+                "Memory",
+                "Resident, of each pod.",
+                "bytes",
+                (("process_resident_memory_bytes{PODS}", "{{pod}}"),),
             ),
         ),
     ),

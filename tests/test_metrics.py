@@ -44,6 +44,20 @@ def test_durations_are_counted_below_every_bound_that_they_do_not_exceed() -> No
     }
 
 
+def test_how_long_checks_waited() -> None:
+    metrics = Metrics()
+    metrics.observe_wait(0.0002, 3)
+    metrics.observe_wait(0.02, 1)
+    assert metrics.registry.get_sample_value("authz_queue_seconds_bucket", {"le": "0.0001"}) == 0
+    assert metrics.registry.get_sample_value("authz_queue_seconds_bucket", {"le": "0.00025"}) == 3
+    assert metrics.registry.get_sample_value("authz_queue_seconds_count") == 4
+    assert metrics.registry.get_sample_value("authz_queue_seconds_sum") == pytest.approx(0.0206)
+
+
+def test_the_process_itself() -> None:
+    assert (Metrics().registry.get_sample_value("process_resident_memory_bytes") or 0) > 1 << 20
+
+
 def test_what_shadow_scopes_would_have_denied_is_counted_by_kind_of_scope() -> None:
     metrics = Metrics()
     scopes = (
@@ -136,6 +150,8 @@ def collect(
             ready=lambda: ready,
             log_dropped=lambda: 3,
             shed=lambda: 7,
+            in_flight=lambda: 11,
+            packed_bytes=lambda: 4096,
         )
     )
     return registry
@@ -163,6 +179,8 @@ def test_figures_of_a_snapshot() -> None:
     assert registry.get_sample_value("authz_snapshot_info", {"epoch": "e", "source": "file"}) == 1
     assert registry.get_sample_value("authz_decision_log_dropped_total") == 3
     assert registry.get_sample_value("authz_shed_total") == 7
+    assert registry.get_sample_value("authz_in_flight") == 11
+    assert registry.get_sample_value("authz_snapshot_bytes") == 4096
     assert registry.get_sample_value("authz_snapshot_unreadable_records") == 1
     assert registry.get_sample_value("authz_snapshot_degraded_scopes") == 1
     kinds = ("lists", "entries", "scopes", "resources", "tenants", "instances")

@@ -36,6 +36,8 @@ class Backlog:
         self.waiting = 0
         self.full = False
         """Whether as many wait as can be decided in half of `max_wait_seconds`."""
+        self.waited = 0.0
+        """Seconds that the calls taken last had waited."""
         self.shed = 0
         """Calls that were answered UNAVAILABLE for lack of time or memory, so far."""
 
@@ -55,6 +57,7 @@ class Backlog:
         if batches:
             newest_first = now - batches[0][0] > self._max_wait_seconds / 2
             arrived, calls = batches.pop() if newest_first else batches.popleft()
+            self.waited = now - arrived
             if len(calls) > at_most:
                 rest = (arrived, calls[at_most:])
                 calls = calls[:at_most]

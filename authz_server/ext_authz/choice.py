@@ -6,7 +6,7 @@ from typing import Protocol
 from authz_server.ext_authz.checker import Checker
 from authz_server.ext_authz.grpcio_transport import GrpcioTransport
 from authz_server.ext_authz.health_service import Readiness
-from authz_server.ext_authz.transport import TlsFiles, TransportError, TransportName
+from authz_server.ext_authz.transport import ObserveWait, TlsFiles, TransportError, TransportName
 
 _NATIVE_MODULE = "authz_server.ext_authz.native_transport"
 
@@ -17,6 +17,10 @@ class Transport(Protocol):
     @property
     def shed(self) -> int:
         """Calls answered UNAVAILABLE for lack of time or memory, so far."""
+
+    @property
+    def in_flight(self) -> int:
+        """Calls received and not answered yet, those that wait included."""
 
     async def start(self) -> int:
         """Listen, and return the port."""
@@ -34,6 +38,7 @@ def choose_transport(
     health: Readiness,
     max_request_bytes: int,
     max_wait_seconds: float,
+    observe_wait: ObserveWait,
 ) -> tuple[Transport, TransportName, str]:
     """Make a transport that is not listening yet; return it, its name, and why it was taken.
 
@@ -45,6 +50,7 @@ def choose_transport(
         health: what the health service reports.
         max_request_bytes: the checker's own limit.
         max_wait_seconds: checks that would wait for longer are answered UNAVAILABLE.
+        observe_wait: is told how long checks have waited.
 
     Raises:
         TransportError: `native` was asked for and cannot be loaded.
@@ -67,7 +73,8 @@ def choose_transport(
                 health=health,
                 max_request_bytes=max_request_bytes,
                 max_wait_seconds=max_wait_seconds,
+                observe_wait=observe_wait,
             )
             return fast, TransportName.NATIVE, why if wanted is TransportName.NATIVE else "the fastest there is"
-    reference = GrpcioTransport(checker, listen=listen, tls=tls, health=health)
+    reference = GrpcioTransport(checker, listen=listen, tls=tls, health=health, observe_wait=observe_wait)
     return reference, TransportName.GRPCIO, why

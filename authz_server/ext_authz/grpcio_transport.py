@@ -1,15 +1,26 @@
 """The reference transport: grpcio (C-core) with TLS, mutual TLS, health and reflection."""
 
 import asyncio
+import re
+from collections.abc import Iterable
 
 import grpc
+from grpc_channelz.v1 import channelz_pb2
+from grpc_channelz.v1.channelz import ChannelzServicer
 from grpc_reflection.v1alpha import reflection
 
 from authz_server.ext_authz.checker import CannotDecideError, Checker
 from authz_server.ext_authz.health_service import SERVICE as HEALTH_SERVICE
 from authz_server.ext_authz.health_service import HealthService, Readiness
 from authz_server.ext_authz.reflection import AUTHORIZATION_PACKAGE, AUTHORIZATION_SERVICE, build_pool
-from authz_server.ext_authz.transport import TlsFiles, TransportError, open_tls, parse_address
+from authz_server.ext_authz.transport import (
+    ObserveWait,
+    TlsFiles,
+    TransportError,
+    ignore_wait,
+    open_tls,
+    parse_address,
+)
 
 SERVICE = f"{AUTHORIZATION_PACKAGE}.{AUTHORIZATION_SERVICE}"
 
@@ -29,8 +40,11 @@ _STREAMS = 256
 """Calls that a client may have open on one connection. C-core refuses more also from a client that has not heard of it
 yet, and Envoy sends at once what was waiting for a connection: so it cannot be low."""
 _RESERVE_SECONDS = 0.01
-"""A check whose deadline is nearer than this is shed: its answer would come too late. How long a check has waited,
-which is what the other transport goes by, is not to be had from C-core."""
+"""A check whose deadline is nearer than this is shed: its answer would come too late."""
+_EXPECTED_HEADER = "x-envoy-expected-rq-timeout-ms"
+"""Envoy's router writes into each of its calls how long it will wait. C-core tells how much of that is left, and so how
+long the call has waited here; of other clients' calls it does not tell when they came."""
+_MILLISECONDS = re.compile("[0-9]{1,9}", re.ASCII)
 
 _QUIET_TICK_SECONDS = 0.005
 _QUIET_TICKS = 4
@@ -48,6 +62,7 @@ class GrpcioTransport:
         tls: TlsFiles | None,
         health: Readiness,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
+        observe_wait: ObserveWait = ignore_wait,
     ) -> None:
         """Make a transport that is not listening yet.
 
@@ -57,17 +72,29 @@ class GrpcioTransport:
             tls: None serves plain text.
             health: what the health service reports.
             max_message_bytes: see MAX_MESSAGE_BYTES.
+            observe_wait: is told how long checks have waited, those of Envoy at least (see _EXPECTED_HEADER).
         """
         self._checker = checker
         self._listen = listen
         self._tls = tls
         self._readiness = health
         self._max_message_bytes = max_message_bytes
+        self._observe_wait = observe_wait
         self._received = 0
         self.shed = 0
         """Calls answered UNAVAILABLE for lack of time, so far."""
         self._health: HealthService | None = None
         self._server: grpc.aio.Server | None = None
+
+    @property
+    def in_flight(self) -> int:
+        """Calls that C-core has and that are not answered yet, watches of the health included.
+
+        Of all transports of this kind in the process: C-core does not say which one is which.
+        """
+        listed = ChannelzServicer.GetServers(channelz_pb2.GetServersRequest(), None)
+        data = [server.data for server in listed.server]
+        return sum(each.calls_started - each.calls_succeeded - each.calls_failed for each in data)
 
     async def start(self) -> int:
         """Listen, and return the port.
@@ -98,6 +125,7 @@ class GrpcioTransport:
                 ("grpc.so_reuseport", 0),
                 ("grpc.http2.min_ping_interval_without_data_ms", _PING_INTERVAL_MS),
                 ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.enable_channelz", 1),  # C-core counts its calls, for `in_flight`
             ),
         )
         reflection.enable_server_reflection(
@@ -141,6 +169,8 @@ class GrpcioTransport:
     async def _check(self, data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
         self._received += 1
         seconds_left = context.time_remaining()
+        if seconds_left is not None:
+            self._note_wait(seconds_left, context.invocation_metadata())
         if seconds_left is not None and seconds_left < _RESERVE_SECONDS:
             self.shed += 1
             await context.abort(grpc.StatusCode.UNAVAILABLE, "overloaded")
@@ -149,6 +179,13 @@ class GrpcioTransport:
         except CannotDecideError as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
             raise  # not reached: abort raises
+
+    def _note_wait(self, seconds_left: float, metadata: Iterable[tuple[str, str | bytes]] | None) -> None:
+        for name, value in metadata or ():
+            if name == _EXPECTED_HEADER:
+                if isinstance(value, str) and _MILLISECONDS.fullmatch(value):
+                    self._observe_wait(max(0.0, int(value) / 1000 - seconds_left), 1)
+                return
 
 
 def _server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:

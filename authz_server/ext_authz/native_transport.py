@@ -35,7 +35,14 @@ from authz_server.ext_authz.grpcio_transport import SERVICE
 from authz_server.ext_authz.health_service import SERVICE as HEALTH_SERVICE
 from authz_server.ext_authz.health_service import HealthService, Readiness
 from authz_server.ext_authz.reflection import build_pool
-from authz_server.ext_authz.transport import TlsFiles, TransportError, open_tls, parse_address
+from authz_server.ext_authz.transport import (
+    ObserveWait,
+    TlsFiles,
+    TransportError,
+    ignore_wait,
+    open_tls,
+    parse_address,
+)
 
 MAX_CONNECTIONS = 1024
 """An Envoy has one for each of its workers. When there are more, the one that has been idle for the longest goes."""
@@ -71,6 +78,7 @@ class NativeTransport:
         health: Readiness,
         max_request_bytes: int = 1 << 20,
         max_wait_seconds: float = 0.1,
+        observe_wait: ObserveWait = ignore_wait,
     ) -> None:
         """Make a transport that is not listening yet.
 
@@ -81,11 +89,13 @@ class NativeTransport:
             health: what the health service reports.
             max_request_bytes: the checker's own limit; of longer messages it gets a stand-in that it denies as well.
             max_wait_seconds: checks that would wait for longer are answered UNAVAILABLE.
+            observe_wait: is told how long checks have waited, from when the Rust server had them whole.
         """
         self._checker = checker
         self._listen = listen
         self._tls = tls
         self._readiness = health
+        self._observe_wait = observe_wait
         self.max_request_bytes = max_request_bytes
         self._oversize = bytes(max_request_bytes + 1)
         self.backlog = Backlog(max_wait_seconds)
@@ -105,6 +115,11 @@ class NativeTransport:
     def shed(self) -> int:
         """Calls answered UNAVAILABLE for lack of time or memory, so far."""
         return self.backlog.shed
+
+    @property
+    def in_flight(self) -> int:
+        """Checks that the Rust server has and that are not answered yet."""
+        return sum(client.connection.unanswered_checks for client in self.clients)
 
     async def start(self) -> int:
         """Listen, and return the port.
@@ -232,6 +247,8 @@ class NativeTransport:
         calls, late = backlog.take(now, _SLICE)
         for call, _data in late:
             front.fail(call, _UNAVAILABLE, "overloaded")
+        if calls:
+            self._observe_wait(backlog.waited, len(calls))
         check, respond = self._checker.check, front.respond
         too_large, unavailable = self.markers.too_large, self.markers.unavailable
         for call, data in calls:

@@ -1,12 +1,20 @@
 """What the transports have in common: their errors, the TLS files, and where they listen."""
 
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
 MAX_PORT = 65535
 """C-core takes larger numbers modulo 65536."""
+
+ObserveWait = Callable[[float, int], None]
+"""Gets the seconds that checks had waited when their decision began, and how many checks they were. Must not raise."""
+
+
+def ignore_wait(_seconds: float, _checks: int) -> None:
+    """Observe nothing."""
 
 
 class TransportName(Enum):

@@ -16,7 +16,9 @@ class TestBacklog:
         backlog.add(1.01, calls(4))
         assert backlog.take(1.02, 2) == (calls(1, 2), [])
         assert backlog.take(1.02, 2) == (calls(3), [])
+        assert round(backlog.waited, 3) == 0.02
         assert backlog.take(1.02, 2) == (calls(4), [])
+        assert round(backlog.waited, 3) == 0.01
         assert backlog.take(1.02, 2) == ([], [])
         assert backlog.waiting == 0
 

@@ -21,9 +21,10 @@ from support.waiting import eventually
 from authz_server.ext_authz._generated import ext_authz_pb2
 from authz_server.ext_authz.check_response import ResponseOptions
 from authz_server.ext_authz.checker import Checked, Checker
+from authz_server.ext_authz.choice import Transport
 from authz_server.ext_authz.grpcio_transport import GrpcioTransport
 from authz_server.ext_authz.native_transport import NativeTransport
-from authz_server.ext_authz.transport import TlsFiles, TransportError
+from authz_server.ext_authz.transport import ObserveWait, TlsFiles, TransportError, ignore_wait
 from authz_server.health import ComponentName, HealthState
 from authz_server.policy.access import Entry
 from authz_server.policy.addresses import parse_network
@@ -42,13 +43,10 @@ BLOCK = Entry(parse_network("198.51.100.0/24"), reason="abuse", author="ann", cr
 SNAPSHOT = build_snapshot([(entry_key("global/block", BLOCK), BLOCK)], epoch="e", revision=5, options=DecisionOptions())
 
 
-class Transport(Protocol):
-    async def start(self) -> int: ...
-    async def drain(self, grace_seconds: float) -> None: ...
-
-
 class TransportFactory(Protocol):
-    def __call__(self, checker: Checker, *, listen: str, tls: TlsFiles | None, health: HealthState) -> Transport: ...
+    def __call__(
+        self, checker: Checker, *, listen: str, tls: TlsFiles | None, health: HealthState, observe_wait: ObserveWait
+    ) -> Transport: ...
 
 
 TRANSPORTS = [pytest.param(GrpcioTransport, id="grpcio"), pytest.param(NativeTransport, id="native")]
@@ -64,15 +62,29 @@ class Served:
     listen: str = "127.0.0.1:0"
     health: HealthState = field(default_factory=HealthState)
     seen: list[Checked] = field(default_factory=list)
+    waits: list[tuple[float, int]] = field(default_factory=list)
+    in_flight: int = 0
+    """The most calls that the transport had while it had one decided."""
     port: int = 0
     transport: Transport | None = None
 
     async def start(self) -> None:
         checker = Checker(
-            lambda: self.snapshot, ResponseOptions(), max_request_bytes=MAX_REQUEST_BYTES, observe=self.seen.append
+            lambda: self.snapshot, ResponseOptions(), max_request_bytes=MAX_REQUEST_BYTES, observe=self.observe
         )
-        self.transport = self.make(checker, listen=self.listen, tls=self.tls, health=self.health)
+        self.transport = self.make(
+            checker,
+            listen=self.listen,
+            tls=self.tls,
+            health=self.health,
+            observe_wait=lambda seconds, checks: self.waits.append((seconds, checks)),
+        )
         self.port = await self.transport.start()
+
+    def observe(self, checked: Checked) -> None:
+        assert self.transport is not None
+        self.seen.append(checked)
+        self.in_flight = max(self.in_flight, self.transport.in_flight)
 
     async def drain(self, grace_seconds: float) -> None:
         assert self.transport is not None
@@ -177,6 +189,34 @@ async def test_without_a_snapshot_check_is_unavailable_until_there_is_one(serve:
         assert "snapshot" in details[0]
         served.snapshot = SNAPSHOT
         assert await check(channel, request()) == ALLOWED
+
+
+async def test_how_many_calls_are_in_flight(serve: Serve) -> None:
+    served = await serve()
+    assert served.transport is not None
+    before = served.transport.in_flight
+    async with served.channel() as channel:
+        await asyncio.gather(*(check(channel, request()) for _ in range(50)))
+    assert 1 < served.in_flight - before <= 50
+    transport = served.transport
+    await eventually(lambda: transport.in_flight == before)
+
+
+async def test_how_long_checks_waited(serve: Serve) -> None:
+    served = await serve()
+    envoy_s = ("x-envoy-expected-rq-timeout-ms", str(DEADLINE_SECONDS * 1000))
+    async with served.channel() as channel:
+        await asyncio.gather(*(check(channel, request(), [envoy_s]) for _ in range(50)))
+    assert sum(checks for _, checks in served.waits) == 50
+    assert all(0 <= seconds < DEADLINE_SECONDS / 2 for seconds, _ in served.waits)
+    assert len({seconds for seconds, _ in served.waits}) > 1, "measured, not made up"
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1.5", "9" * 10, "1e3"])
+async def test_a_wait_that_cannot_be_known_is_nobody_s_trouble(serve: Serve, text: str) -> None:
+    served = await serve()
+    async with served.channel() as channel:
+        assert await check(channel, request(), [("x-envoy-expected-rq-timeout-ms", text)]) == ALLOWED
 
 
 @pytest.mark.parametrize("snapshot", [SNAPSHOT, None], ids=["with a snapshot", "without a snapshot"])
@@ -542,4 +582,5 @@ async def test_drain_twice_and_without_a_start_is_nothing(serve: Serve, make: Tr
     await served.drain(1)
     await served.drain(1)
     checker = Checker(lambda: None, ResponseOptions(), max_request_bytes=1, observe=lambda _: None)
-    await make(checker, listen="127.0.0.1:0", tls=None, health=HealthState()).drain(1)
+    made = make(checker, listen="127.0.0.1:0", tls=None, health=HealthState(), observe_wait=ignore_wait)
+    await made.drain(1)

@@ -159,6 +159,7 @@ def replace_all(times: Times, redis_url: str, directory: Path) -> tuple[Load, in
                 exit_codes.append(deployment.remove_oldest(times))
         for pod in deployment.pods:
             assert pod.metric('authz_checks_total{outcome="ok",reason="allowed"}') > 0, "every new pod has served"
+            assert pod.metric("authz_queue_seconds_count") > 0, "Envoy tells how long its checks may take"
         return load, envoy.stats("http.gateway.ext_authz.error")["http.gateway.ext_authz.error"], exit_codes
 
 

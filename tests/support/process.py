@@ -118,7 +118,8 @@ class ServerProcess:
             http.headers[name.replace("_", "-")] = value
         with closing(self.channel(credentials)) as channel:
             call = channel.unary_unary(f"/{SERVICE}/Check")
-            answer: bytes = call(message.SerializeToString(), timeout=_SECONDS, wait_for_ready=True)
+            envoy_s = [("x-envoy-expected-rq-timeout-ms", str(int(_SECONDS * 1000)))]
+            answer: bytes = call(message.SerializeToString(), timeout=_SECONDS, metadata=envoy_s, wait_for_ready=True)
         return ext_authz_pb2.CheckResponse.FromString(answer)
 
     def serving(self) -> bool:
