@@ -1,5 +1,6 @@
 """What Prometheus sees. Labels are Envoy's words and the reasons; no label grows with traffic or with tenants."""
 
+import collections
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from authz_server.policy.affinity import Affinity
 from authz_server.policy.decision import Allowed, Decision
 from authz_server.policy.reasons import Reason
 from authz_server.policy.snapshot import Snapshot
+from authz_server.replicas import Registry
 
 _PINNED = Affinity.PINNED
 _ALLOWING = (Reason.ALLOWED, Reason.ALLOWLISTED)
@@ -215,6 +217,7 @@ class StateCollector(Collector):
         shed: Callable[[], int],
         in_flight: Callable[[], int],
         packed_bytes: Callable[[], int],
+        registry: Callable[[], Registry | None],
     ) -> None:
         """Make a collector to be registered.
 
@@ -232,6 +235,7 @@ class StateCollector(Collector):
             shed: returns how many calls the transport could not take on.
             in_flight: returns how many calls the transport has and has not answered.
             packed_bytes: returns the size of what was loaded last.
+            registry: returns what the servers have reported to the store; None: not known.
         """
         self._current = current
         self._source = source
@@ -246,6 +250,7 @@ class StateCollector(Collector):
         self._shed = shed
         self._in_flight = in_flight
         self._packed_bytes = packed_bytes
+        self._registry = registry
 
     def collect(self) -> Iterator[Metric]:
         """Yield the gauges; those of a snapshot only while there is one."""
@@ -295,6 +300,9 @@ class StateCollector(Collector):
                 "Time since the store last confirmed that the snapshot is its newest state.",
                 value=age_seconds,
             )
+        registry = self._registry()
+        if registry is not None:
+            yield from _registry_metrics(registry)
         snapshot = self._current()
         if snapshot is None:
             return
@@ -326,3 +334,25 @@ class StateCollector(Collector):
         for kind, count in counts.items():
             records.add_metric((kind,), count)
         yield records
+
+
+def _registry_metrics(registry: Registry) -> Iterator[Metric]:
+    states = collections.Counter(registry.state(replica) for replica in registry.replicas)
+    servers = GaugeMetricFamily(
+        "authz_registry_servers",
+        "Servers that have reported to the store, scraped ones or not: reporting, unknown (silent), or unreadable.",
+        labels=("state",),
+    )
+    for state in ("reporting", "unknown", "unreadable"):
+        servers.add_metric((state,), states[state])
+    yield servers
+    yield GaugeMetricFamily(
+        "authz_registry_behind",
+        "Those of them that decide by an older revision than the store's, or by nothing yet.",
+        value=sum(map(registry.is_behind, registry.replicas)),
+    )
+    yield GaugeMetricFamily(
+        "authz_registry_disagreeing",
+        "Those of them that decide by another epoch than the store's.",
+        value=sum(map(registry.disagrees, registry.replicas)),
+    )

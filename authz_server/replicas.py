@@ -1,23 +1,91 @@
-"""A server's reports: what it decides by, told to the store, so that `authzctl --wait` can say who has a change.
+"""The servers that report to the store what they decide by, so that `authzctl --wait` can say who has a change.
 
-Reporting never touches a check. It has a connection of its own, keeps nothing but the newest position, and whatever
-fails is tried again; without the store nothing is lost but the reports.
+`Reporter` is one server's part, `Registry` what anybody can know of all of them. Reporting never touches a check. It
+has a connection of its own, keeps nothing but the newest position, and whatever fails is tried again; without the store
+nothing is lost but the reports.
 """
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 
-from authz_server.store.interface import Position, Report, Store, StoreError
+from authz_server.store.interface import NotInitialisedError, Position, Replica, Report, Store, StoreError
 
 _HEARTBEAT_SECONDS = 10.0
 """A third of interface.SILENT_SECONDS, so that one report that got lost is not taken for silence."""
 _COALESCE_SECONDS = 0.05
 """The first position of a burst goes out at once; those within this time after it are one more report."""
+_LOOK_SECONDS = 30.0
+"""How often each server looks at the reports of all: at two hundred servers some seven times a second."""
 _FIRST_DELAY_SECONDS = 0.1
 _LONGEST_DELAY_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Registry:
+    """The servers that count, and where the store stood when they were read."""
+
+    replicas: tuple[Replica, ...]
+    position: Position | None
+    """None: it holds no policy."""
+
+    @classmethod
+    async def read(cls, store: Store) -> "Registry":
+        """Read the reports.
+
+        Raises:
+            StoreError: they cannot be read.
+        """
+        replicas = tuple(replica for replica in await store.replicas() if not replica.vanished)
+        try:
+            return cls(replicas, await store.position())
+        except NotInitialisedError:
+            return cls(replicas, None)
+
+    def state(self, replica: Replica) -> str:
+        """Return whether it is heard of, in a word."""
+        if replica.report is None:
+            return "unreadable"
+        return "unknown" if replica.unknown else "reporting"
+
+    def is_newest(self, replica: Replica) -> bool:
+        """Whether it decides by what the store holds."""
+        return self.position is not None and _applied(replica) == self.position
+
+    def is_behind(self, replica: Replica) -> bool:
+        """Whether it decides by an older revision of what the store holds, or by nothing yet."""
+        applied = _applied(replica)
+        if replica.report is None or self.position is None:
+            return False
+        return applied is None or (applied.epoch == self.position.epoch and applied.revision < self.position.revision)
+
+    def disagrees(self, replica: Replica) -> bool:
+        """Whether it decides by another policy than the store's: of another epoch."""
+        applied = _applied(replica)
+        return applied is not None and (self.position is None or applied.epoch != self.position.epoch)
+
+    def decides_by(self, replica: Replica) -> str:
+        """Say for people what it decides by."""
+        if replica.report is None:
+            return replica.problem
+        applied = replica.report.position
+        if applied is None:
+            return "no policy yet"
+        if self.position is None or self.disagrees(replica):
+            return f"revision {applied.revision} of another epoch, {applied.epoch}"
+        if self.is_newest(replica):
+            return f"revision {applied.revision}, the newest"
+        if self.is_behind(replica):
+            return f"revision {applied.revision}, {self.position.revision - applied.revision} behind"
+        return f"another revision {applied.revision}"
+
+
+def _applied(replica: Replica) -> Position | None:
+    return replica.report.position if replica.report else None
 
 
 class Reporter:
@@ -42,6 +110,9 @@ class Reporter:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.replica = replica
+        self.registry: Registry | None = None
+        """What all servers have reported, some half a minute ago at most; None: not known."""
+        self._looked_at = -math.inf
         self._store = store
         self._process = process
         self._on_problem = on_problem
@@ -93,10 +164,20 @@ class Reporter:
         try:
             await self._report()
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not end the reports, nor the server
+            self.registry, self._looked_at = None, -math.inf
             self._tell(str(error) if isinstance(error, StoreError) else f"internal error: {error!r}")
             return False
         self._tell("")
+        if (now := time.monotonic()) - self._looked_at >= _LOOK_SECONDS:
+            self._looked_at = now
+            self.registry = await self._look()
         return True
+
+    async def _look(self) -> Registry | None:
+        try:
+            return await Registry.read(self._store)
+        except StoreError:  # such as an incident, which is told elsewhere
+            return None
 
     async def _report(self) -> None:
         report = Report(self.replica, self._process, self._started_at, self._position)

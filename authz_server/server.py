@@ -35,7 +35,7 @@ from authz_server.loader import ChildLoader, Source
 from authz_server.metrics import Metrics, StateCollector
 from authz_server.policy.snapshot import Snapshot
 from authz_server.refresher import LostChanges, Refresher, RefresherStatus
-from authz_server.replicas import Reporter
+from authz_server.replicas import Registry, Reporter
 from authz_server.settings import Settings, parse_listen
 from authz_server.store.interface import Event, Store
 from authz_server.store.redis_store import RedisStore
@@ -135,6 +135,7 @@ async def _serve(settings: Settings, stopping: asyncio.Event, stack: AsyncExitSt
             shed=lambda: transport.shed,
             in_flight=lambda: transport.in_flight,
             packed_bytes=lambda: loader.packed_bytes,
+            registry=lambda: reporter.registry,
         )
     )
     tracing = _tracing(settings)
@@ -163,7 +164,7 @@ async def _serve(settings: Settings, stopping: asyncio.Event, stack: AsyncExitSt
             current=current,
             age_seconds=age_seconds,
             log=log,
-            replicas=store.replicas,
+            servers=lambda: Registry.read(store),
         )
     )
 

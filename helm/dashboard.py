@@ -123,6 +123,16 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 (("count by (epoch) (authz_snapshot_info{PODS})", "{{epoch}}"),),
             ),
             Panel(
+                "Servers by their reports to Redis",
+                "Also those that are not scraped. Behind or of another epoch for long: `authzctl replica list`.",
+                "short",
+                (
+                    ("max by (state) (authz_registry_servers{PODS})", "{{state}}"),
+                    ("max(authz_registry_behind{PODS})", "behind"),
+                    ("max(authz_registry_disagreeing{PODS})", "another epoch"),
+                ),
+            ),
+            Panel(
                 "The store",
                 "Lost records (an incident), collections edited by hand, acknowledged changes that are lost.",
                 "short",

@@ -24,10 +24,12 @@ ROOMS_BELOW: dict[str, frozenset[str]] = {
     "snapshot_file": frozenset({"policy", "store"}),
     "replicas": frozenset({"policy", "store"}),
     "health": frozenset({"policy"}),
-    "metrics": frozenset({"policy", "refresher", "loader", "health", "store", "ext_authz"}),
+    "metrics": frozenset({"policy", "refresher", "loader", "health", "store", "ext_authz", "replicas"}),
     "decision_log": frozenset({"policy"}),
     "logs": frozenset({"policy"}),
-    "admin": frozenset({"policy", "refresher", "loader", "health", "metrics", "store", "decision_log", "explanation"}),
+    "admin": frozenset(
+        {"policy", "refresher", "loader", "health", "metrics", "store", "decision_log", "explanation", "replicas"}
+    ),
     "explanation": frozenset({"policy"}),
     "tracing": frozenset({"policy"}),
     "settings": frozenset({"policy", "store", "ext_authz"}),
@@ -53,6 +55,7 @@ ONLY_IN = {
     "redis": ("store/redis_store.py",),
     "grpc": ("ext_authz/",),
     "google": ("ext_authz/",),
+    "grpc_channelz": ("ext_authz/",),
     "grpc_health": ("ext_authz/",),
     "grpc_reflection": ("ext_authz/",),
 }

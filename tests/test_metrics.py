@@ -12,6 +12,8 @@ from authz_server.policy.decision import Allowed, Denied
 from authz_server.policy.reasons import Reason
 from authz_server.policy.records import RecordKey, RecordKind, Unreadable
 from authz_server.policy.snapshot import DecisionOptions, Snapshot, build_snapshot
+from authz_server.replicas import Registry
+from authz_server.store.interface import SILENT_SECONDS, Position, Replica, Report
 
 ADDRESS = parse_address("203.0.113.7")
 ALLOWING = (Reason.ALLOWED, Reason.ALLOWLISTED)
@@ -135,6 +137,7 @@ def collect(
     connected: bool,
     ready: bool,
     file_problem: str | None = None,
+    servers: Registry | None = None,
 ) -> CollectorRegistry:
     registry = CollectorRegistry()
     registry.register(
@@ -152,6 +155,7 @@ def collect(
             shed=lambda: 7,
             in_flight=lambda: 11,
             packed_bytes=lambda: 4096,
+            registry=lambda: servers,
         )
     )
     return registry
@@ -163,6 +167,46 @@ def test_without_a_snapshot_there_are_no_figures_of_one() -> None:
     assert registry.get_sample_value("authz_redis_connected") == 0
     assert registry.get_sample_value("authz_snapshot_age_seconds") is None
     assert registry.get_sample_value("authz_snapshot_revision") is None
+
+
+def replica(name: str, position: Position | None, *, silent_seconds: float = 1.0) -> Replica:
+    return Replica(name, Report(name, "p", 0.0, position), silent_seconds)
+
+
+def test_what_the_servers_have_reported() -> None:
+    servers = Registry(
+        (
+            replica("newest", Position("e", 7, "c7")),
+            replica("another of the same revision", Position("e", 7, "other")),
+            replica("ahead", Position("e", 8, "c8")),
+            replica("behind", Position("e", 6, "c6")),
+            replica("cut off", Position("e", 5, "c5"), silent_seconds=SILENT_SECONDS + 1),
+            replica("without a policy", None),
+            replica("of another epoch", Position("f", 7, "c7")),
+            Replica("unreadable", None, 0.0, "not JSON"),
+        ),
+        Position("e", 7, "c7"),
+    )
+    registry = collect(None, None, connected=True, ready=True, servers=servers)
+    counted = {
+        state: registry.get_sample_value("authz_registry_servers", {"state": state})
+        for state in ("reporting", "unknown", "unreadable")
+    }
+    assert counted == {"reporting": 6, "unknown": 1, "unreadable": 1}
+    assert registry.get_sample_value("authz_registry_behind") == 3
+    assert registry.get_sample_value("authz_registry_disagreeing") == 1
+
+
+def test_of_servers_of_a_store_without_a_policy_nobody_is_behind() -> None:
+    servers = Registry((replica("a", Position("e", 7, "c")), replica("b", None)), None)
+    registry = collect(None, None, connected=True, ready=True, servers=servers)
+    assert registry.get_sample_value("authz_registry_behind") == 0
+    assert registry.get_sample_value("authz_registry_disagreeing") == 1
+
+
+def test_servers_that_are_not_known_are_not_counted() -> None:
+    registry = collect(None, None, connected=False, ready=True)
+    assert registry.get_sample_value("authz_registry_behind") is None
 
 
 def test_figures_of_a_snapshot() -> None:

@@ -15,7 +15,7 @@ from authz_server.admin.page import SECURITY_HEADERS, Page
 from authz_server.decision_log import DecisionLog
 from authz_server.health import HealthState
 from authz_server.policy.snapshot import Snapshot
-from authz_server.store.interface import Replica
+from authz_server.replicas import Registry
 
 _UNREADABLE_SHOWN = 1000
 """Of the unreadable records, so many are named; all are counted."""
@@ -37,7 +37,7 @@ def build_admin_app(
     current: Callable[[], Snapshot | None],
     age_seconds: Callable[[], float | None],
     log: DecisionLog,
-    replicas: Callable[[], Awaitable[list[Replica]]],
+    servers: Callable[[], Awaitable[Registry]],
 ) -> Starlette:
     """Build the routes.
 
@@ -47,9 +47,16 @@ def build_admin_app(
         current: returns the snapshot that decisions are made from.
         age_seconds: returns how long ago the store last confirmed that snapshot; None: never.
         log: holds the last denials, for the page.
-        replicas: asks the store for the servers that have reported, for the page.
+        servers: asks the store for those that have reported, for the page.
     """
-    page = Page(health=health, current=current, age_seconds=age_seconds, log=log, replicas=replicas, clock=time.time)
+    page = Page(
+        health=health,
+        current=current,
+        age_seconds=age_seconds,
+        log=log,
+        servers=servers,
+        clock=time.time,
+    )
 
     async def index(request: Request) -> Response:
         peer = request.client.host if request.client else ""

@@ -21,6 +21,7 @@ from authz_server.explanation import CannotDescribeError, Explanation, describe_
 from authz_server.health import HealthState
 from authz_server.policy.decision import Allowed
 from authz_server.policy.snapshot import Snapshot
+from authz_server.replicas import Registry
 from authz_server.store.interface import Replica, StoreError
 
 _HERE = files("authz_server.admin")
@@ -59,7 +60,7 @@ class Page:
         current: returns the snapshot that decisions are made from.
         age_seconds: returns how long ago the store last confirmed that snapshot; None: never.
         log: holds the last denials.
-        replicas: asks the store for the servers that have reported.
+        servers: asks the store for the servers that have reported.
         clock: seconds since the Unix epoch.
     """
 
@@ -67,7 +68,7 @@ class Page:
     current: Callable[[], Snapshot | None]
     age_seconds: Callable[[], float | None]
     log: DecisionLog
-    replicas: Callable[[], Awaitable[list[Replica]]]
+    servers: Callable[[], Awaitable[Registry]]
     clock: Callable[[], float]
 
     async def render(self, query: Mapping[str, str]) -> str:
@@ -78,7 +79,7 @@ class Page:
         """
         given = {name: query.get(name, "").strip()[:_LONGEST_FIELD] for name in FIELDS}
         find = query.get("find", "").strip()
-        replicas, replicas_problem = await self._ask_replicas()
+        registry, registry_problem = await self._ask_servers()
         snapshot = self.current()
         explanation, problem = self._explain(given, snapshot)
         denials = [self._row(decided) for decided in reversed(self.log.recent)]
@@ -100,8 +101,8 @@ class Page:
             denials=found[:SHOWN],
             denials_found=len(found),
             anonymized=self.log.anonymizes,
-            replicas=[_replica_row(replica, snapshot) for replica in replicas if not replica.vanished],
-            replicas_problem=replicas_problem,
+            replicas=[_replica_row(replica, registry) for replica in registry.replicas] if registry else [],
+            replicas_problem=registry_problem,
             now=datetime.fromtimestamp(self.clock(), UTC),
             style=_STYLE,
         )
@@ -125,14 +126,14 @@ class Page:
             return None, str(error)
         return explain(attributes, snapshot, self.clock()), ""
 
-    async def _ask_replicas(self) -> tuple[list[Replica], str]:
+    async def _ask_servers(self) -> tuple[Registry | None, str]:
         try:
             async with asyncio.timeout(_STORE_SECONDS):
-                return await self.replicas(), ""
+                return await self.servers(), ""
         except TimeoutError:
-            return [], f"the store did not answer within {_STORE_SECONDS:g} s"
+            return None, f"the store did not answer within {_STORE_SECONDS:g} s"
         except StoreError as error:
-            return [], str(error)
+            return None, str(error)
 
     def _row(self, decided: Decided) -> dict[str, Any]:
         facts = self.log.describe(decided)
@@ -141,26 +142,12 @@ class Page:
         return {**shown, "ago": _ago(ago), "text": " ".join(shown.values())}
 
 
-def _replica_row(replica: Replica, snapshot: Snapshot | None) -> dict[str, Any]:
-    applied = replica.report.position if replica.report else None
-    if replica.report is None:
-        decides_by = replica.problem
-    elif applied is None:
-        decides_by = "no policy yet"
-    elif snapshot is None or applied.epoch == snapshot.epoch:
-        decides_by = f"revision {applied.revision}"
-    else:
-        decides_by = f"revision {applied.revision} of epoch {applied.epoch}"
-    same = (
-        snapshot is not None
-        and applied is not None
-        and ((applied.epoch, applied.revision) == (snapshot.epoch, snapshot.revision))
-    )
+def _replica_row(replica: Replica, registry: Registry) -> dict[str, Any]:
     return {
         "name": replica.name,
-        "state": "unknown" if replica.unknown else "reporting",
-        "decides_by": decides_by,
-        "same": same,
+        "state": registry.state(replica),
+        "decides_by": registry.decides_by(replica),
+        "newest": registry.is_newest(replica),
         "heard": _ago(round(replica.silent_seconds)) if replica.report else "not known",
     }
 

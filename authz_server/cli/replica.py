@@ -8,7 +8,8 @@ from authz_server.cli.failures import EXIT_CODES, NotFoundError, RefusedError
 from authz_server.cli.output import Json, OutputFormat, print_json, print_table
 from authz_server.cli.session import Config, Output, RedisUrl, Yes, group_of, reading
 from authz_server.cli.times import show_moment, show_span
-from authz_server.store.interface import NotInitialisedError, Position, Replica, Store
+from authz_server.replicas import Registry
+from authz_server.store.interface import Replica, Store
 
 replica_app = group_of(
     "Servers that have reported to the store.",
@@ -21,9 +22,10 @@ replica_app = group_of(
 def replica_list(output: Output = OutputFormat.TABLE, redis_url: RedisUrl = None, config: Config = None) -> None:
     """Show all servers, what they decide by, and since when nothing was heard of them."""
     with reading(output, redis_url, config) as session:
-        replicas, position = session.ask(_look)
+        registry = session.ask(Registry.read)
+        position = registry.position
         if output is OutputFormat.JSON:
-            rows: list[Json] = [_replica_json(replica, position) for replica in replicas]
+            rows: list[Json] = [_replica_json(replica, registry) for replica in registry.replicas]
             standing: dict[str, Json] = {
                 "epoch": position.epoch if position else None,
                 "revision": position.revision if position else None,
@@ -35,12 +37,12 @@ def replica_list(output: Output = OutputFormat.TABLE, redis_url: RedisUrl = None
             [
                 (
                     replica.name,
-                    _state(replica),
-                    _decides_by(replica, position),
+                    registry.state(replica),
+                    registry.decides_by(replica),
                     f"{show_span(replica.silent_seconds)} ago" if replica.report else "not known",
                     show_moment(replica.report.started_at) if replica.report else "not known",
                 )
-                for replica in replicas
+                for replica in registry.replicas
             ],
             empty="No server has reported.",
             wrapped=("DECIDES BY",),
@@ -80,44 +82,15 @@ def replica_forget(
             typer.echo(f"Forgotten: {name}.")
 
 
-async def _look(store: Store) -> tuple[list[Replica], Position | None]:
-    """Return the servers that count, and where the store stands (None: it holds no policy)."""
-    replicas = [replica for replica in await store.replicas() if not replica.vanished]
-    try:
-        return replicas, await store.position()
-    except NotInitialisedError:
-        return replicas, None
-
-
-def _state(replica: Replica) -> str:
-    if replica.report is None:
-        return "unreadable"
-    return "unknown" if replica.unknown else "reporting"
-
-
-def _decides_by(replica: Replica, position: Position | None) -> str:
-    if replica.report is None:
-        return replica.problem
-    applied = replica.report.position
-    if applied is None:
-        return "no policy yet"
-    if position is None or applied.epoch != position.epoch:
-        return f"revision {applied.revision} of another epoch, {applied.epoch}"
-    if applied == position:
-        return f"revision {applied.revision}, the newest"
-    behind = position.revision - applied.revision
-    return f"revision {applied.revision}, {behind} behind" if behind > 0 else f"another revision {applied.revision}"
-
-
-def _replica_json(replica: Replica, position: Position | None) -> dict[str, Json]:
+def _replica_json(replica: Replica, registry: Registry) -> dict[str, Json]:
     report = replica.report
     applied = report.position if report else None
     return {
         "server": replica.name,
-        "state": _state(replica),
+        "state": registry.state(replica),
         "epoch": applied.epoch if applied else None,
         "revision": applied.revision if applied else None,
-        "newest": applied is not None and applied == position,
+        "newest": registry.is_newest(replica),
         "silent_seconds": round(replica.silent_seconds, 3) if report else None,
         "started_at": show_moment(report.started_at) if report else None,
         "problem": replica.problem or None,

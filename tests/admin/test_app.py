@@ -15,13 +15,13 @@ from authz_server.metrics import Metrics
 from authz_server.policy.access import Scope
 from authz_server.policy.records import RecordKey, RecordKind, Unreadable, record_key
 from authz_server.policy.snapshot import DecisionOptions, Snapshot, build_snapshot
-from authz_server.store.interface import Replica
+from authz_server.replicas import Registry
 
 NAMES = [("/livez", 200), ("/readyz", 503), ("/metrics", 200), ("/snapshot", 503)]
 
 
-async def no_replicas() -> list[Replica]:
-    return []
+async def no_servers() -> Registry:
+    return Registry((), None)
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Admin:
             current=lambda: self.snapshot,
             age_seconds=lambda: self.age_seconds,
             log=self.log,
-            replicas=no_replicas,
+            servers=no_servers,
         )
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://admin") as client:
             return await client.request(method, path, headers=headers)

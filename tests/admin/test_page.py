@@ -17,9 +17,9 @@ from authz_server.policy.decision import decide
 from authz_server.policy.records import RecordKey, RecordKind, Unreadable, entry_key
 from authz_server.policy.snapshot import DecisionOptions, Snapshot, build_snapshot
 from authz_server.policy.tenant import parse_tenant_source
+from authz_server.replicas import Registry
 from authz_server.store.interface import (
     SILENT_SECONDS,
-    VANISHED_SECONDS,
     Position,
     Replica,
     Report,
@@ -43,12 +43,12 @@ class Site:
 
     snapshot: Snapshot | None = field(default_factory=policy)
     options: LogOptions = field(default_factory=LogOptions)
-    replicas: list[Replica] | StoreError = field(default_factory=list)
+    registry: Registry | StoreError = field(default_factory=lambda: Registry((), None))
 
-    async def ask_replicas(self) -> list[Replica]:
-        if isinstance(self.replicas, StoreError):
-            raise self.replicas
-        return self.replicas
+    async def ask_servers(self) -> Registry:
+        if isinstance(self.registry, StoreError):
+            raise self.registry
+        return self.registry
 
     def __post_init__(self) -> None:
         self.health = HealthState()
@@ -66,7 +66,7 @@ class Site:
             current=lambda: self.snapshot,
             age_seconds=lambda: 0.25,
             log=self.log,
-            replicas=self.ask_replicas,
+            servers=self.ask_servers,
         )
         transport = httpx.ASGITransport(app, client=(peer, 4711))
         async with httpx.AsyncClient(transport=transport, base_url=f"http://{host}") as client:
@@ -93,28 +93,26 @@ def replica(name: str, position: Position | None, *, silent_seconds: float = 1.0
 
 
 async def test_servers_that_decide_by_something_else_stand_out() -> None:
-    replicas = [
+    replicas = (
         replica("a", Position("e", 7, "c")),
         replica("b", Position("e", 6, "c"), silent_seconds=SILENT_SECONDS + 1),
         replica("c", Position("other", 7, "c")),
         replica("d", None),
-        replica("gone", Position("e", 1, "c"), silent_seconds=VANISHED_SECONDS + 1),
         Replica("f", None, 0.0, "not JSON"),
-    ]
-    text = await Site(replicas=replicas).text()
+    )
+    text = await Site(registry=Registry(replicas, Position("e", 7, "c"))).text()
     for shown in (
-        "a reporting revision 7 1 s ago",
-        "b unknown revision 6 not as this one",
-        "c reporting revision 7 of epoch other not as this one",
-        "d reporting no policy yet not as this one",
-        "f unknown not JSON not as this one not known",
+        "a reporting revision 7, the newest 1 s ago",
+        "b unknown revision 6, 1 behind not the newest",
+        "c reporting revision 7 of another epoch, other not the newest",
+        "d reporting no policy yet not the newest",
+        "f unreadable not JSON not the newest not known",
     ):
         assert shown in text
-    assert "gone" not in text
 
 
 async def test_the_page_is_there_while_the_store_is_not() -> None:
-    text = await Site(replicas=StoreUnavailableError("connection refused")).text("?address=198.51.100.77")
+    text = await Site(registry=StoreUnavailableError("connection refused")).text("?address=198.51.100.77")
     assert "Not known: connection refused" in text
     assert "DENIED blocked" in text
 

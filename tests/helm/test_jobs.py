@@ -8,6 +8,7 @@ from support.helm import CI, Object, plain_env, render, render_file
 from typer.testing import CliRunner
 
 from authz_server.cli import authz_server, authzctl
+from authz_server.cli.failures import NoStoreError, NotSoundError
 
 
 def container(template: Object) -> Object:
@@ -52,13 +53,28 @@ def cron_container(cronjob: Object) -> Object:
 class TestCronJobs:
     def test_by_default_and_one_at_a_time(self) -> None:
         jobs = render().of("cronjobs.yaml")
-        assert [job["metadata"]["name"] for job in jobs] == ["authz-server-cleanup"]
+        assert [job["metadata"]["name"] for job in jobs] == ["authz-server-cleanup", "authz-server-reconcile"]
         assert {job["spec"]["concurrencyPolicy"] for job in jobs} == {"Forbid"}
 
     def test_cleanup(self) -> None:
-        (job,) = render({"cleanup": {"olderThan": "2d"}}).of("cronjobs.yaml")
+        job, _ = render({"cleanup": {"olderThan": "2d"}}).of("cronjobs.yaml")
         assert cron_container(job)["args"] == ["cleanup", "--older-than", "2d"]
         assert job["spec"]["schedule"] == "23 3 * * *"
+
+    def test_reconcile_fails_at_once_on_what_it_finds(self) -> None:
+        """And is tried again when it could not look: exit codes of `authzctl reconcile`."""
+        (job,) = render({"cleanup": {"enabled": False}}).of("cronjobs.yaml")
+        assert cron_container(job)["args"] == ["reconcile"]
+        spec = job["spec"]["jobTemplate"]["spec"]
+        assert spec["podFailurePolicy"]["rules"] == [
+            {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [NotSoundError.exit_code]}}
+        ]
+        assert NoStoreError.exit_code != NotSoundError.exit_code
+        assert spec["template"]["spec"]["restartPolicy"] == "Never", "a pod failure policy needs it"
+        assert spec["backoffLimit"] > 0
+
+    def test_switched_off(self) -> None:
+        assert render({"cleanup": {"enabled": False}, "reconcile": {"enabled": False}}).of("cronjobs.yaml") == []
 
     def test_with_the_server_s_redis(self) -> None:
         found = render_file(CI["redis-sentinel"])

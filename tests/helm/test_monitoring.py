@@ -1,6 +1,7 @@
 """servicemonitor.yaml, prometheusrule.yaml and dashboard.yaml: what carries the files of files/."""
 
 import json
+import re
 
 import yaml
 from support.chart import CHART
@@ -34,6 +35,19 @@ def test_alerts_link_to_the_runbook_where_it_is_served() -> None:
     links = [rule["annotations"]["runbook_url"] for rule in rules]
     assert links
     assert all(link.startswith("https://wiki.example/authz#authzserver") for link in links)
+
+
+def test_the_alert_on_jobs_names_those_of_this_release() -> None:
+    found = render({"prometheusRule": {"enabled": True}, "fullnameOverride": "gate"})
+    (rule,) = [
+        rule
+        for rule in found.one("prometheusrule.yaml")["spec"]["groups"][0]["rules"]
+        if rule["alert"] == "AuthzServerJobFailed"
+    ]
+    (pattern,) = set(re.findall(r'cronjob=~"([^"]*)"', rule["expr"]))
+    names = [job["metadata"]["name"] for job in found.of("cronjobs.yaml")]
+    assert len(names) == 2
+    assert all(re.fullmatch(pattern, name) for name in names)
 
 
 def test_the_dashboard_is_that_of_the_file() -> None:

@@ -15,6 +15,9 @@ RULES = [rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule
 POD = 'namespace="authz-system",job="authz-server"'
 FIRES_AT, CLEARS_AT = "29m", "149m"
 """Each series is bad for 30 minutes, then good for two hours: longer than any window."""
+FIRES_LATER = {"AuthzServerJobFailed": "59m"}
+"""A job may take half an hour until it has failed."""
+CRONJOB = 'namespace="authz-system",cronjob="authz-server-reconcile"'
 
 
 def counter(labels: str, rate: int) -> dict[str, str]:
@@ -61,6 +64,13 @@ CASES: dict[str, list[dict[str, str]]] = {
         {"series": f'authz_snapshot_info{{{POD},pod="b",epoch="e2"}}', "values": "1+0x29"},
         {"series": f'authz_snapshot_info{{{POD},pod="b",epoch="e1"}}', "values": "_x29 1+0x120"},
     ],
+    "AuthzServerRegistryBehind": pods("authz_registry_behind", "0+0x150", "1+0x29 0+0x120"),
+    "AuthzServerRegistryDisagrees": pods("authz_registry_disagreeing", "0+0x150", "1+0x29 0+0x120"),
+    "AuthzServerJobFailed": [
+        {"series": f"kube_cronjob_created{{{CRONJOB}}}", "values": "0+0x150"},
+        {"series": f"kube_cronjob_status_last_schedule_time{{{CRONJOB}}}", "values": "60+0x59 3660+0x90"},
+        {"series": f"kube_cronjob_status_last_successful_time{{{CRONJOB}}}", "values": "_x61 3690+0x88"},
+    ],
     "AuthzServerUnreadableRecords": [gauge(f"authz_snapshot_unreadable_records{{{POD}}}", 2, 0)],
     "AuthzServerIncident": [gauge(f"authz_store_incident{{{POD}}}", 1, 0)],
     "AuthzServerEditedByHand": [gauge(f"authz_store_edited_collections{{{POD}}}", 1, 0)],
@@ -101,7 +111,11 @@ def test_an_alert_fires_and_clears(name: str, tmp_path: Path) -> None:
                 "interval": "1m",
                 "input_series": CASES[name],
                 "promql_expr_test": [
-                    {"expr": firing, "eval_time": FIRES_AT, "exp_samples": [{"labels": "{}", "value": 1}]},
+                    {
+                        "expr": firing,
+                        "eval_time": FIRES_LATER.get(name, FIRES_AT),
+                        "exp_samples": [{"labels": "{}", "value": 1}],
+                    },
                     {"expr": firing, "eval_time": CLEARS_AT, "exp_samples": []},
                     {"expr": "ALERTS", "eval_time": CLEARS_AT, "exp_samples": []},
                 ],

@@ -32,6 +32,7 @@ class Prometheus:
             "scrape_configs": [
                 {
                     "job_name": "authz-server",
+                    "honor_labels": True,  # as kube-state-metrics is scraped
                     "static_configs": [
                         {"targets": [target], "labels": {"namespace": "authz-system", "pod": f"authz-server-{number}"}}
                         for number, target in enumerate(targets)
