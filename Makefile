@@ -45,7 +45,8 @@ bench: $(READY) ## Measure (minutes; needs h2load and wrk): the match table, a c
 	$(BIN)/python -m loadtest.memory
 	$(BIN)/python -m loadtest.reload
 	for part in cpu overload hostile resets drain; do $(BIN)/python -m loadtest.$$part grpcio || exit 1; done
-	$(BIN)/python -m loadtest.store
+	$(BIN)/python -m loadtest.followers
+	$(BIN)/python -m loadtest.importing
 
 lint: $(READY) ## Check format, lint and types
 	$(BIN)/ruff format --check .
