@@ -131,6 +131,11 @@ class RealServer:
         """The process id."""
         return self._child.pid
 
+    @property
+    def log(self) -> Path:
+        """Its log, a line of JSON for each event."""
+        return self._log
+
     def metric(self, name: str) -> float:
         """The value of a metric without labels."""
         text = self._get("/metrics").decode()

@@ -932,7 +932,7 @@ class RedisStore:
         """Yield the fields of a hash in small replies; what changes meanwhile may or may not be seen."""
         cursor = 0
         while True:
-            with self._errors():
+            with self._errors(name):
                 reply: Any = await self._follower.hscan(self._key(name), cursor, count=_SCAN_COUNT)
             cursor, page = reply
             for name_in_it, text in page.items():
@@ -976,13 +976,19 @@ class RedisStore:
         )
 
     @contextmanager
-    def _errors(self) -> Iterator[None]:
-        """Say in the interface's errors what redis-py says in its own."""
+    def _errors(self, name: str = "") -> Iterator[None]:
+        """Say in the interface's errors what redis-py says in its own; `name` is of the key that is read."""
         try:
             yield
         except _NOT_NOW as error:
             raise StoreUnavailableError(f"{self._where} cannot be used now: {error}") from error
-        except (exceptions.AuthenticationError, exceptions.AuthorizationError, exceptions.ResponseError) as error:
+        except exceptions.ResponseError as error:
+            if "WRONGTYPE" in str(error):  # hides in the middle of what a pipeline or a script says
+                raise self._inconsistent(
+                    f"{name or 'a key'}, which is something else: another product's? ({error})"
+                ) from error
+            raise StoreRefusedError(f"{self._where} refused: {error}") from error
+        except (exceptions.AuthenticationError, exceptions.AuthorizationError) as error:
             raise StoreRefusedError(f"{self._where} refused: {error}") from error
         except (exceptions.ConnectionError, exceptions.TimeoutError) as error:
             raise StoreUnavailableError(f"{self._where} cannot be reached: {error}") from error
