@@ -26,13 +26,14 @@ class TestInit:
         assert not [volume for volume in pod.get("volumes", []) if "configMap" in volume]
 
     def test_with_the_server_s_redis(self) -> None:
-        found = render_file(CI["redis-tls-acl"])
+        found = render({"redis": {"url": "redis://h/0", "username": "authz", "existingSecret": "authz-redis"}})
         job = container(found.one("init.yaml")["spec"]["template"])
         env = plain_env(job)
         assert env.pop("AUTHZCTL_ACTOR") == "helm/authz-server"
         server = found.env()
         assert env == {name: value for name, value in server.items() if name.startswith("AUTHZ_REDIS_")}
         assert job["volumeMounts"]
+        assert secrets(found.one("init.yaml")["spec"]["template"])["redis-password"]["secretName"] == "authz-redis"
 
     def test_with_the_chart_s_own_valkey_no_hook(self) -> None:
         """A hook would wait for a Valkey that comes after it; a Job cannot be changed, so each revision has its own."""
@@ -44,6 +45,28 @@ class TestInit:
 
     def test_switched_off(self) -> None:
         assert render({"init": {"enabled": False}}).of("init.yaml") == []
+
+
+def secrets(template: Object) -> dict[str, Any]:
+    return {volume["name"]: volume["secret"] for volume in template["spec"]["volumes"] if "secret" in volume}
+
+
+def test_jobs_have_a_user_of_their_own_in_the_same_redis() -> None:
+    """The server's may not write (acl/users.acl)."""
+    found = render_file(CI["redis-tls-acl"])
+    server = {name: value for name, value in found.env().items() if name.startswith("AUTHZ_REDIS_")}
+    assert server["AUTHZ_REDIS_USERNAME"] == "authz-server"
+    assert secrets(found.one("workload.yaml")["spec"]["template"])["redis-password"]["secretName"] == "authz-redis"
+    templates = [found.one("init.yaml")["spec"]["template"]]
+    templates += [job["spec"]["jobTemplate"]["spec"]["template"] for job in found.of("cronjobs.yaml")]
+    assert len(templates) == 3
+    for template in templates:
+        env = plain_env(container(template))
+        assert (server | {"AUTHZ_REDIS_USERNAME": "authz-admin"}).items() <= env.items()
+        mounted = secrets(template)
+        assert mounted["redis-password"]["secretName"] == "authz-redis-admin"
+        assert mounted["redis-password"]["items"] == [{"key": "password", "path": "password"}]
+        assert mounted.keys() == {"redis-password", "redis-ca", "redis-client"}
 
 
 def cron_container(cronjob: Object) -> Object:

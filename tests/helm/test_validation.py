@@ -36,6 +36,8 @@ def problems(values: dict[str, Any]) -> list[str]:
         ({"redis": {"cluster": {"nodes": ["a:1"]}, "tls": {"clientSecret": "c"}}}, ["redis.tls.enabled with"]),
         ({"redis": {"url": "redis://h", "sentinel": {"username": "u"}}}, ["redis.sentinel.nodes is empty"]),
         ({"redis": {"existingSecret": "s"}, "evaluation": {"enabled": True}}, ["redis.existingSecret", "leave"]),
+        ({"redis": {"url": "redis://h", "jobs": {"username": "a"}}}, ["redis.jobs.existingSecret belong together"]),
+        ({"redis": {"url": "redis://h", "jobs": {"existingSecret": "s"}}}, ["redis.jobs.username and"]),
         ({"redis": {"url": "redis://u:pw@h/0"}}, ["redis.url holds a user or a password", "redis.existingSecret"]),
         ({"redis": {"url": "redis://:pw@h/0"}}, ["redis.url holds a user or a password"]),
         ({"redis": {"url": "h:6379"}}, ["redis.url is h:6379", "redis://"]),

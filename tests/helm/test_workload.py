@@ -132,7 +132,7 @@ class TestRedis:
         assert env["AUTHZ_REDIS_TLS_CA"] == "/etc/authz-server/redis-ca/ca.crt"
         assert env["AUTHZ_REDIS_TLS_KEY"] == "/etc/authz-server/redis-client/tls.key"
         assert env["AUTHZ_REDIS_PASSWORD_FILE"] == "/etc/authz-server/redis/password"
-        assert (env["AUTHZ_REDIS_USERNAME"], env["AUTHZ_REDIS_PREFIX"]) == ("authz", "prod")
+        assert (env["AUTHZ_REDIS_USERNAME"], env["AUTHZ_REDIS_PREFIX"]) == ("authz-server", "prod")
         volumes = {volume["name"]: volume.get("secret") for volume in found.pod()["volumes"]}
         assert volumes["redis-password"]["items"] == [{"key": "acl-password", "path": "password"}]
         assert volumes["redis-password"]["defaultMode"] == 0o440

@@ -195,6 +195,12 @@ tolerations:
 {{- /* A pod that runs one authzctl command and ends: a dictionary with context, component, args and restartPolicy. */ -}}
 {{- define "authz-server.authzctlPod" -}}
 {{- $context := .context -}}
+{{- /* The same store, as another user. */ -}}
+{{- $redis := $context.Values.redis -}}
+{{- if $redis.jobs.username -}}
+{{- $redis = merge (pick $redis.jobs "username" "existingSecret" "passwordKey") $redis -}}
+{{- end -}}
+{{- $store := dict "Release" $context.Release "Chart" $context.Chart "Values" (merge (dict "redis" $redis) $context.Values) -}}
 metadata:
   labels:
     {{- include "authz-server.labels" . | nindent 4 }}
@@ -218,7 +224,7 @@ spec:
       args:
         {{- toYaml .args | nindent 8 }}
       env:
-        {{- include "authz-server.redisEnv" $context | nindent 8 }}
+        {{- include "authz-server.redisEnv" $store | nindent 8 }}
         - name: AUTHZCTL_ACTOR
           value: {{ printf "helm/%s" $context.Release.Name | quote }}
         {{- with $context.Values.settings.history_events }}
@@ -229,11 +235,11 @@ spec:
         {{- include "authz-server.securityContext" $context | nindent 8 }}
       resources:
         {{- toYaml $context.Values.jobResources | nindent 8 }}
-      {{- with include "authz-server.redisVolumeMounts" $context }}
+      {{- with include "authz-server.redisVolumeMounts" $store }}
       volumeMounts:
         {{- . | nindent 8 }}
       {{- end }}
-  {{- with include "authz-server.redisVolumes" $context }}
+  {{- with include "authz-server.redisVolumes" $store }}
   volumes:
     {{- . | nindent 4 }}
   {{- end }}

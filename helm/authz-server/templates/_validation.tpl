@@ -16,8 +16,11 @@ told at once.
 {{- else if gt (len $stores) 1 -}}
 {{- $problems = append $problems (printf "%s: there is one store; leave the others out" (join " and " $stores)) -}}
 {{- end -}}
-{{- if and .evaluation.enabled (or .redis.username .redis.existingSecret .redis.tls.enabled .redis.tls.caSecret .redis.tls.clientSecret) -}}
-{{- $problems = append $problems "evaluation.enabled brings a Valkey without users, passwords and TLS: leave redis.username, redis.existingSecret and redis.tls out" -}}
+{{- if and .evaluation.enabled (or .redis.username .redis.existingSecret .redis.jobs.username .redis.tls.enabled .redis.tls.caSecret .redis.tls.clientSecret) -}}
+{{- $problems = append $problems "evaluation.enabled brings a Valkey without users, passwords and TLS: leave redis.username, redis.existingSecret, redis.jobs and redis.tls out" -}}
+{{- end -}}
+{{- if ne (empty .redis.jobs.username) (empty .redis.jobs.existingSecret) -}}
+{{- $problems = append $problems "redis.jobs.username and redis.jobs.existingSecret belong together: jobs either use the server's user, or one of their own with its password" -}}
 {{- end -}}
 {{- if regexMatch "^[a-z+]+://[^/?]*@" .redis.url -}}
 {{- $problems = append $problems "redis.url holds a user or a password: put the user into redis.username and the password into a Secret that redis.existingSecret names" -}}
