@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -179,7 +179,7 @@ class ChildLoader:
             await asyncio.to_thread(copy_file, self._path, memory)
             packed = await asyncio.to_thread(_open_memory, memory)
             check_stamp(packed.stamp, origin=self._origin, max_age_seconds=self._max_age_seconds, now=time.time())
-            loaded = await self._unpacked(packed, Source.FILE)
+            loaded = await _unpacked(packed, packed.unpack(self._options), Source.FILE)
         except SnapshotFileError as error:
             os.close(memory)
             if not isinstance(error, NoSnapshotFileError):
@@ -194,7 +194,9 @@ class ChildLoader:
 
     async def load(self, last_good: Snapshot | None) -> Loaded:
         """See `Loader.load`."""
-        loaded = await self._by_child({"store": self._store_arguments}, None)
+        loaded = await self._by_child(
+            {"store": self._store_arguments}, None, lambda packed: packed.unpack(self._options)
+        )
         if last_good is not None and len(loaded.snapshot.problems):
             return replace(loaded, snapshot=loaded.snapshot.with_last_good(last_good))
         return loaded
@@ -220,15 +222,22 @@ class ChildLoader:
             for start in range(0, len(keys), _ROWS_PER_SLICE):
                 some = keys[start : start + _ROWS_PER_SLICE]
                 yield b"".join(json.dumps(change_row(key, loaded.snapshot)).encode() + b"\n" for key in some)
+                await asyncio.sleep(0)  # `drain` waits for nothing as long as the pipe takes it all
 
         try:
-            repacked = await self._by_child(order, rows())
+            # All but the networks is objects, packed or not, and takes long to make.
+            repacked = await self._by_child(order, rows(), lambda packed: packed.unpack_networks(loaded.snapshot))
         except LoaderError as error:
             self._tell(f"the snapshot was not packed anew: {error}")
             raise
         return replace(repacked, source=loaded.source)
 
-    async def _by_child(self, order: dict[str, Any], rows: AsyncIterator[bytes] | None) -> Loaded:
+    async def _by_child(
+        self,
+        order: dict[str, Any],
+        rows: AsyncIterator[bytes] | None,
+        unpack: Callable[[PackedSnapshot], Iterator[Snapshot | None]],
+    ) -> Loaded:
         memory = _new_memory()
         try:
             order |= {"memory": memory, "origin": self._origin, "path": str(self._path) if self._path else None}
@@ -236,7 +245,7 @@ class ChildLoader:
             async with asyncio.timeout(LOAD_SECONDS):
                 result = await _run_child(order, rows, handed_on)
             packed = await asyncio.to_thread(_open_memory, memory)
-            loaded = await self._unpacked(packed, Source.REDIS)
+            loaded = await _unpacked(packed, unpack(packed), Source.REDIS)
         except TimeoutError:
             os.close(memory)
             raise LoaderError(f"loading took longer than {LOAD_SECONDS:g} seconds and was given up") from None
@@ -252,24 +261,6 @@ class ChildLoader:
             self._tell(f"{self._path} was not written: {problem}" if problem else "")
         return replace(loaded, edited=tuple(result["edited"]))
 
-    async def _unpacked(self, packed: PackedSnapshot, source: Source) -> Loaded:
-        """Build the snapshot in slices, between which checks are answered."""
-        snapshot = None
-        gc_was_on = gc.isenabled()
-        # What is built here stays: a collection in the midst of it would only stop everything to find that out.
-        gc.disable()
-        try:
-            for done in packed.unpack(self._options):
-                snapshot = done
-                gc.freeze()
-                await asyncio.sleep(0)
-        finally:
-            if gc_was_on:
-                gc.enable()
-        assert snapshot is not None  # noqa: S101 - the last one that `unpack` yields
-        confirmed_at = time.monotonic() - (time.time() - packed.stamp.confirmed_at)
-        return Loaded(snapshot, packed.stamp.position, confirmed_at, source)
-
     def _keep(self, memory: int) -> None:
         if self._packed is not None:
             os.close(self._packed)
@@ -284,6 +275,25 @@ class ChildLoader:
         if self._packed is not None:
             os.close(self._packed)
             self._packed = None
+
+
+async def _unpacked(packed: PackedSnapshot, slices: Iterator[Snapshot | None], source: Source) -> Loaded:
+    """Build the snapshot in slices, between which checks are answered."""
+    snapshot = None
+    gc_was_on = gc.isenabled()
+    # What is built here stays: a collection in the midst of it would only stop everything to find that out.
+    gc.disable()
+    try:
+        for done in slices:
+            snapshot = done
+            gc.freeze()
+            await asyncio.sleep(0)
+    finally:
+        if gc_was_on:
+            gc.enable()
+    assert snapshot is not None  # noqa: S101 - the last one that `unpack` yields
+    confirmed_at = time.monotonic() - (time.time() - packed.stamp.confirmed_at)
+    return Loaded(snapshot, packed.stamp.position, confirmed_at, source)
 
 
 async def release(snapshot: Snapshot) -> None:

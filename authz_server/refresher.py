@@ -40,8 +40,16 @@ _VERIFY_AN_INCIDENT_SECONDS = 5.0
 """People are mending it and want to see that it is over."""
 _LARGEST_DIFFERENCE = 50_000
 """A replacement of more records is not applied but loaded: that is done beside the checks, this between them."""
-_SLICE = 250
+_SLICE = 100
 """So many records are applied at once; then checks have their turn."""
+_COALESCE_SECONDS = 0.02
+"""The first event of a burst is applied at once; those within this time after it are asked for together, since a
+question costs the time of some ten events."""
+_BEHIND = 32
+"""So many events in one answer mean that we are behind: the rest is asked for at once."""
+_EVENTS_TOLD_AT_ONCE = 3
+_TURN_SECONDS = 0.001
+"""A check takes several turns of the event loop. With one only between two slices it would wait for many slices."""
 _REMEMBERED = 1000
 """Events that can be named should the store lose them."""
 _RECORDS_REMEMBERED = 20
@@ -335,9 +343,24 @@ class Refresher:
             snapshot = await self._apply(snapshot, position.revision, changes)
         _require_counts(snapshot, counts, position)
         self._use(snapshot, position, confirmed_at, events=len(events))
-        for event in events:
-            self._remembered.append(replace(event, records=event.records[:_RECORDS_REMEMBERED]))
-            if self._on_event:
+        await self._tell(events)
+        if 0 < len(events) < _BEHIND:
+            await asyncio.sleep(_COALESCE_SECONDS)
+
+    async def _tell(self, events: list[Event]) -> None:
+        """Tell of events that were applied; checks have their turn in between."""
+        self._remembered.extend(replace(event, records=event.records[:_RECORDS_REMEMBERED]) for event in events)
+        if not self._on_event:
+            return
+        pause_seconds = _TURN_SECONDS if len(events) < _BEHIND else 0.0
+        untold = iter(events)
+        try:
+            for number, event in enumerate(untold, 1):
+                self._on_event(event)
+                if number % _EVENTS_TOLD_AT_ONCE == 0:
+                    await asyncio.sleep(pause_seconds)
+        finally:
+            for event in untold:  # we were cancelled, and these are applied all the same
                 self._on_event(event)
 
     async def _apply_parts(self, snapshot: Snapshot, event: Event) -> Snapshot:

@@ -18,7 +18,7 @@ import secrets
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -29,6 +29,7 @@ from authz_server.policy.affinity import Instance, InstanceState, Tenant
 from authz_server.policy.networks import TYPE_CODES, Columns, ColumnsDraft, NetworkTable, Ranges
 from authz_server.policy.paths import parse_path_pattern
 from authz_server.policy.records import RecordKey, RecordKind
+from authz_server.policy.sharded import Sharded
 from authz_server.policy.snapshot import DecisionOptions, Kept, Snapshot, SnapshotDraft
 from authz_server.store.interface import Position
 
@@ -77,15 +78,24 @@ class PackedSnapshot:
 
     def unpack(self, options: DecisionOptions) -> Iterator[Snapshot | None]:
         """Yield None after each slice of the work, about a millisecond's, and at the end the snapshot."""
-        columns = Columns.from_sections(self.sections)
         position = self.stamp.position
-        draft = SnapshotDraft(Snapshot(position.epoch, position.revision, options))
+        return self._unpack(Snapshot(position.epoch, position.revision, options), lambda _kind: True)
+
+    def unpack_networks(self, snapshot: Snapshot) -> Iterator[Snapshot | None]:
+        """Do as `unpack` does, and take all but the networks from a snapshot of the same policy."""
+        return self._unpack(replace(snapshot, tables=Sharded(), networks=0), lambda kind: kind == "table")
+
+    def _unpack(self, before: Snapshot, is_wanted: Callable[[str], bool]) -> Iterator[Snapshot | None]:
+        columns = Columns.from_sections(self.sections)
+        draft = SnapshotDraft(before)
         for kind, text in self.chunks:
+            if not is_wanted(kind):
+                continue
             rows: list[Any] = json.loads(bytes(text))
             for row in rows:
                 _put_row(draft, kind, row, columns)
             yield None
-        yield draft.done(position.revision)
+        yield draft.done(before.revision)
 
 
 def pack(snapshot: Snapshot, stamp: Stamp) -> Iterator[bytes | memoryview]:

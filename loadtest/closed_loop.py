@@ -1,6 +1,7 @@
-"""One client that sends the next check as soon as the last is answered: `python -m loadtest.closed_loop PORT`.
+"""One client that sends the next check as soon as the last is answered: `python -m loadtest.closed_loop PORT...`.
 
-For each line on its standard input it prints how long it waited since the last line; it ends with that input.
+Of several servers it asks one after the other, so that whatever else the machine does meets them alike. For each line
+on its standard input it prints, for each server, how long it waited since the last line; it ends with that input.
 """
 
 import json
@@ -17,29 +18,44 @@ from loadtest.served import build_requests
 REQUESTS = 2_000
 
 
+class Asked:
+    """One server, and how long it has let us wait."""
+
+    def __init__(self, port: str) -> None:
+        self._channel = grpc.insecure_channel(f"127.0.0.1:{port}")
+        self._check = self._channel.unary_unary(CHECK)
+        self._waits: list[float] = []
+        self._refused = 0
+
+    def ask(self, request: bytes) -> None:
+        """Wait for one answer."""
+        began = time.perf_counter()
+        try:
+            self._check(request, wait_for_ready=True)
+        except grpc.RpcError:  # shed: it would have waited for too long
+            self._refused += 1
+        self._waits.append((time.perf_counter() - began) * 1e3)
+
+    def report(self) -> dict[str, float]:
+        """Return the figures since the last report."""
+        waits, refused = sorted(self._waits), self._refused
+        self._waits, self._refused = [], 0
+        count = len(waits)
+        figures = {"median": waits[count // 2], "p99": waits[int(count * 0.99)], "longest": waits[-1]}
+        return {"count": count, "refused": refused, **figures}
+
+
 def main() -> None:
     """Ask until standard input ends."""
     requests = cycle(build_requests(REQUESTS))
-    waits: list[float] = []
-    refused = 0
-    with grpc.insecure_channel(f"127.0.0.1:{sys.argv[1]}") as channel:
-        check = channel.unary_unary(CHECK)
-        while True:
-            began = time.perf_counter()
-            try:
-                check(next(requests), wait_for_ready=True)
-            except grpc.RpcError:  # shed: it would have waited for too long
-                refused += 1
-            waits.append((time.perf_counter() - began) * 1e3)
-            if select.select([sys.stdin], [], [], 0)[0]:
-                if not sys.stdin.readline():
-                    return
-                waits.sort()
-                count = len(waits)
-                report = {"median": waits[count // 2], "p99": waits[int(count * 0.99)], "longest": waits[-1]}
-                print(json.dumps({"count": count, "refused": refused, **report}), flush=True)
-                waits.clear()
-                refused = 0
+    servers = [Asked(port) for port in sys.argv[1:]]
+    while True:
+        for server in servers:
+            server.ask(next(requests))
+        if select.select([sys.stdin], [], [], 0)[0]:
+            if not sys.stdin.readline():
+                return
+            print(json.dumps([server.report() for server in servers]), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A large policy at rest in a real Valkey, a real server that follows it, and one client that asks without pause."""
 
 import asyncio
+import dataclasses
 import json
 import random
 import re
@@ -205,15 +206,19 @@ class Waits:
     median: float
     p99: float
     longest: float
+    reference: "Waits | None" = None
+    """For the server that was asked in turn with this one."""
 
 
 @contextmanager
-def closed_loop(port: int) -> Iterator[Callable[[float | None], Waits]]:
+def closed_loop(port: int, reference_port: int | None = None) -> Iterator[Callable[[float | None], Waits]]:
     """Run a client of its own process that sends the next check as soon as the last is answered.
 
-    Yields a function that says how long it waited in the time since the last call, or in the next seconds.
+    Yields a function that says how long it waited in the time since the last call, or in the next seconds. With a
+    reference, it asks both servers in turn.
     """
-    command = [sys.executable, "-m", "loadtest.closed_loop", str(port)]
+    ports = [str(port)] if reference_port is None else [str(port), str(reference_port)]
+    command = [sys.executable, "-m", "loadtest.closed_loop", *ports]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as client:
         assert client.stdin is not None
         assert client.stdout is not None
@@ -221,7 +226,8 @@ def closed_loop(port: int) -> Iterator[Callable[[float | None], Waits]]:
         def report() -> Waits:
             client.stdin.write("\n")  # type: ignore[union-attr]
             client.stdin.flush()  # type: ignore[union-attr]
-            return Waits(**json.loads(client.stdout.readline()))  # type: ignore[union-attr]
+            figures = [Waits(**one) for one in json.loads(client.stdout.readline())]  # type: ignore[union-attr]
+            return dataclasses.replace(figures[0], reference=figures[1] if len(figures) > 1 else None)
 
         def waits(seconds: float | None) -> Waits:
             if seconds is not None:

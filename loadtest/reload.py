@@ -2,7 +2,9 @@
 
 Run `python -m loadtest.reload` in the project's folder (some ten minutes, 3 GB). A real Valkey holds the policy, a real
 server follows it, and one client asks without pause. Each figure under work stands beside the same client's figure just
-before, on the same server. Replacing more records than a server takes over one by one is what leads to a full load.
+before, on the same server. The client asks a server that follows nothing, and answers every check alike, in turn with
+it: what that one's figures do is the machine's doing, which has two cores for Valkey, writers, servers and client.
+Replacing more records than a server takes over one by one is what leads to a full load.
 """
 
 import asyncio
@@ -23,6 +25,7 @@ from authz_server.store.keys import encode_record
 from authz_server.store.redis_store import RedisStore
 from loadtest.large_policy import BLOCKED, FEED, RUNS, LargePolicy, RealServer, Waits, closed_loop, entries, replace
 from loadtest.match_table import random_networks
+from loadtest.processes import Server
 
 FEED_NETWORKS = 60_000
 QUIET_SECONDS = 10.0
@@ -52,10 +55,13 @@ async def change_often(store: RedisStore) -> float:
 
 def tell(console: Console, what: str, quiet: Waits, busy: Waits) -> None:
     """Print one comparison."""
-    console.print(
-        f"{what}: p99 {busy.p99:.2f} ms, {busy.p99 / quiet.p99:.2f} x {quiet.p99:.2f}; longest {busy.longest:.1f} ms, "
-        f"before {quiet.longest:.1f}; {busy.refused} of {busy.count} refused"
-    )
+    for who, now, before in (("", busy, quiet), ("    constant answers", busy.reference, quiet.reference)):
+        assert now is not None
+        assert before is not None
+        console.print(
+            f"{who or what}: p99 {now.p99:.2f} ms, {now.p99 / before.p99:.2f} x {before.p99:.2f}; longest "
+            f"{now.longest:.1f} ms, before {before.longest:.1f}; {now.refused} of {now.count} refused"
+        )
 
 
 def measure(policy: LargePolicy, folder: Path, console: Console) -> None:
@@ -67,7 +73,7 @@ def measure(policy: LargePolicy, folder: Path, console: Console) -> None:
             f"ready from the store after {server.ready_seconds:.1f} s, {server.resident_mib():.0f} MiB, "
             f"file of {file.stat().st_size / 1e6:.1f} MB"
         )
-        with closed_loop(server.port) as ask:
+        with Server("grpcio", "constant") as constant, closed_loop(server.port, constant.port) as ask:
             ratios, longest = [], []
             for number in range(RUNS):
                 feed = entries(FEED, feeds[number % 2])

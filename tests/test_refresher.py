@@ -312,6 +312,54 @@ async def test_a_listener_that_raises_does_not_stop_the_snapshot(store: MemorySt
         await eventually(at_revision(refresher, 3))
 
 
+class CountedStore(MemoryStore):
+    """Counts how often it is asked for events."""
+
+    asked = 0
+
+    async def events_after(self, position: Position, *, wait_seconds: float) -> list[Event]:
+        self.asked += 1
+        return await super().events_after(position, wait_seconds=wait_seconds)
+
+
+async def test_changes_that_follow_each_other_closely_are_asked_for_together() -> None:
+    store = CountedStore()
+    writer = Writer(store)
+    await writer.init()
+    seen: list[Event] = []
+    async with running(store, on_event=seen.append) as refresher:
+        await eventually(lambda: refresher.current)
+        asked_before = store.asked
+        for number in range(60):
+            await writer.set((Q1, Instance("q1", number + 1)))
+            await asyncio.sleep(0.001)
+        await eventually(at_revision(refresher, 61))
+        assert store.asked - asked_before < 30
+        await eventually(lambda: len(seen) == 60)
+        assert [event.position.revision for event in seen] == list(range(2, 62))
+
+
+async def test_cancelled_while_it_tells_of_changes_it_tells_of_all_that_it_applied(
+    store: MemoryStore, writer: Writer
+) -> None:
+    await writer.init()
+    seen: list[int] = []
+
+    def listener(event: Event) -> None:
+        seen.append(event.position.revision)
+        if len(seen) == 1:
+            asyncio.get_running_loop().call_soon(task.cancel)
+
+    refresher = Refresher(store, OPTIONS, on_event=listener)
+    task = asyncio.create_task(refresher.run())
+    await eventually(lambda: refresher.current)
+    for number in range(20):
+        await writer.set((Q1, Instance("q1", number + 1)))
+    await asyncio.wait({task})
+    assert refresher.status.events > 3
+    assert seen == list(range(2, refresher.status.events + 2))
+
+
 # Counts, incidents, lost changes
 
 

@@ -75,6 +75,18 @@ def test_what_was_packed_comes_back(seed: int) -> None:
 
 
 @settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10_000))
+def test_a_snapshot_takes_the_networks_alone_from_what_was_packed_of_it(seed: int) -> None:
+    snapshot = policy(seed)
+    *_, other = open_packed(memoryview(packed(snapshot))).unpack_networks(snapshot)
+    assert other is not None
+    assert contents(other) == contents(snapshot)
+    assert derived(other) == derived(snapshot)
+    assert (other.revision, other.tenants) == (snapshot.revision, snapshot.tenants)
+    assert all(other.tables[name] is not table for name, table in snapshot.tables.items())
+
+
+@settings(max_examples=50, deadline=None)
 @given(st.integers(0, 10_000), st.integers(0, 10_000))
 def test_changes_carry_one_snapshot_over_to_another(seed: int, other_seed: int) -> None:
     before, after = policy(seed), policy(other_seed)

@@ -17,6 +17,7 @@ Every write is one script that compares before it sets. redis-py sends a command
 before the reply; the change id makes that harmless. No command works on more than some thousand records.
 """
 
+import asyncio
 import json
 import re
 import secrets
@@ -89,7 +90,7 @@ from authz_server.store.keys import (
     encode_report,
     is_collection,
     parse_count,
-    parse_event_records,
+    read_event_records,
     record_key_of,
     replacement_digest,
     reported_by,
@@ -110,6 +111,8 @@ _RETRIES = 2
 _HEALTH_CHECK_SECONDS = 15
 _PAGE = 64
 """Events in one reply; the largest events are some hundred kilobytes."""
+_EVENTS_AT_ONCE, _RECORDS_AT_ONCE = 8, 20
+"""So many are read in one go, less than a millisecond's work: a follower answers checks too."""
 _SCAN_COUNT = 1000
 """Fields in one reply, about."""
 _LOAD_ATTEMPTS = 5
@@ -428,7 +431,7 @@ class RedisStore:
             if text is None:
                 raise PositionLostError(f"what revision {event.position.revision} changed is not kept any more")
             try:
-                yield parse_event_records(text)
+                yield await _in_slices(read_event_records(text))
             except ValueError as error:
                 raise PositionLostError(f"what revision {event.position.revision} changed: {error}") from None
 
@@ -769,7 +772,7 @@ class RedisStore:
             )
         if not replies:
             return await self._events_now(position)
-        return self._events(position, replies[0][1])
+        return await self._events(position, replies[0][1])
 
     async def _events_now(self, position: Position) -> list[Event]:
         """Return the events that are there now, or [] once it is proven that none follows.
@@ -781,7 +784,7 @@ class RedisStore:
             self._follower,
             lambda pipe: pipe.xrange(self._key("changes"), min=f"({position.revision}-0", count=_PAGE),
         )
-        events = self._events(position, entries)
+        events = await self._events(position, entries)
         if not events and standing.position != position:
             raise PositionLostError(
                 f"{self._where} is at revision {standing.position.revision} of epoch {standing.position.epoch} "
@@ -789,12 +792,14 @@ class RedisStore:
             )
         return events
 
-    def _events(self, position: Position, entries: list[tuple[str, dict[str, str]]]) -> list[Event]:
+    async def _events(self, position: Position, entries: list[tuple[str, dict[str, str]]]) -> list[Event]:
         """Read stream entries and prove that they follow on each other and on the position."""
-        events = []
+        events: list[Event] = []
         for entry_id, fields in entries:
+            if events and not len(events) % _EVENTS_AT_ONCE:
+                await asyncio.sleep(0)
             try:
-                event = _event(entry_id, fields)
+                event = _event(entry_id, fields, await _in_slices(read_event_records(fields.get("records", ""))))
             except ValueError as error:
                 raise PositionLostError(f"the event {entry_id} in {self._where} cannot be read: {error}") from None
             follows = (position.epoch, position.revision + 1, position.change_id)
@@ -836,7 +841,10 @@ class RedisStore:
 
     def _read_events(self, entries: Sequence[tuple[str, dict[str, str]]]) -> list[Event]:
         try:
-            return [_event(entry_id, fields) for entry_id, fields in entries]
+            return [
+                _event(entry_id, fields, tuple(read_event_records(fields.get("records", ""))))
+                for entry_id, fields in entries
+            ]
         except ValueError as error:
             raise self._inconsistent(f"an event in the change stream: {error}") from None
 
@@ -1097,7 +1105,17 @@ def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield part
 
 
-def _event(entry_id: str, fields: Mapping[str, str]) -> Event:
+async def _in_slices(records: Iterator[EventRecord]) -> tuple[EventRecord, ...]:
+    """Read the records of an event; checks have their turn in between."""
+    read: list[EventRecord] = []
+    while some := list(islice(records, _RECORDS_AT_ONCE)):
+        read += some
+        if len(some) == _RECORDS_AT_ONCE:
+            await asyncio.sleep(0)
+    return tuple(read)
+
+
+def _event(entry_id: str, fields: Mapping[str, str], records: tuple[EventRecord, ...]) -> Event:
     """Read a stream entry; ValueError when it is not one of ours."""
     revision, _, sequence = entry_id.partition("-")
     if sequence != "0":
@@ -1110,7 +1128,7 @@ def _event(entry_id: str, fields: Mapping[str, str]) -> Event:
             reason=fields["reason"],
             action=fields["action"],
             at=float(fields["at"]),
-            records=parse_event_records(fields["records"]),
+            records=records,
             counts={str(name): int(count) for name, count in json.loads(fields["counts"]).items()},
             parts=int(fields.get("parts", "0")),
             size=int(fields.get("size", "0")),

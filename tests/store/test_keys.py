@@ -18,7 +18,7 @@ from authz_server.store.keys import (
     encode_event_records,
     encode_readable,
     encode_record,
-    parse_event_records,
+    read_event_records,
     record_key_of,
 )
 
@@ -237,7 +237,7 @@ def test_the_records_of_an_event_survive(items: list[tuple[tuple[RecordKey, Reco
         (key, encode_record(record) if before else None, encode_record(record) if after else None)
         for (key, record), before, after in items
     ]
-    read = parse_event_records(encode_event_records(changes))
+    read = list(read_event_records(encode_event_records(changes)))
     assert [(item.key, item.previous, item.new) for item in read] == changes
     assert [item.record for item in read] == [record if after else None for (_, record), _, after in items]
 
@@ -245,4 +245,4 @@ def test_the_records_of_an_event_survive(items: list[tuple[tuple[RecordKey, Reco
 @pytest.mark.parametrize("text", ["", "{}x", "1", "[1]", '[["list"]]', '[["no kind","a","",null,null]]', "[" * 100_000])
 def test_other_texts_are_no_records_of_an_event(text: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - whichever says so
-        parse_event_records(text)
+        list(read_event_records(text))
