@@ -266,12 +266,12 @@ async def test_a_wrong_password_is_refused_and_not_repeated_in_the_message(own_v
 async def test_a_server_that_hangs_is_given_up(
     own_valkey: Valkey, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = RedisStore(f"{own_valkey.url}?socket_timeout=0.2", prefix=prefix)
+    store = RedisStore(f"{own_valkey.url}?socket_timeout=1", prefix=prefix)
     try:
         start = (await Writer(store).init()).position
         assert await store.events_after(start, wait_seconds=5) == []  # the wait ends before the time-out does
         own_valkey.pause()
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(5):
             with pytest.raises(StoreUnavailableError):
                 await store.events_after(start, wait_seconds=5)
         own_valkey.resume()
