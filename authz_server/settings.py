@@ -332,8 +332,15 @@ class Settings(BaseSettings):
         100_000,
         ge=1000,
         le=10_000_000,
-        description="For authzctl: about how many changes the store keeps the history of; a server that was away for "
+        description="For authzctl: how many changes the store keeps the history of; a server that was away for "
         "more loads everything",
+    )
+    history_days: int = Field(
+        0,
+        ge=0,
+        le=3650,
+        description="For authzctl: so many days the store keeps every change, even when there are more; whoever writes "
+        "must have the same. It needs memory there: about a kilobyte a change",
     )
     replica_name: Annotated[str, _parsed_by(_replica_name)] = Field(
         "",

@@ -21,7 +21,8 @@ _PAGE = 200
 
 history_app = group_of(
     "Who changed what, when and why.",
-    "The store keeps about as many changes as AUTHZ_HISTORY_EVENTS says; servers log each one that they apply, too.",
+    "The store keeps as many changes as AUTHZ_HISTORY_EVENTS says, and all of the last AUTHZ_HISTORY_DAYS; servers log "
+    "each one that they apply, too.",
 )
 
 

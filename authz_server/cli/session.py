@@ -67,6 +67,7 @@ from authz_server.store.redis_store import RedisStore
 T = TypeVar("T")
 
 NAME = "authzctl"
+_DAY_SECONDS = 24 * 60 * 60
 _PASSWORD = re.compile(r"(://[^:/@\s]*:)[^@\s]*@")
 """The password of a URL, wherever it stands in a word of the command line."""
 
@@ -150,7 +151,11 @@ class Session:
             url = self.redis_url if has_password else None
             address = settings.url_address(url) if url else settings.store_address()
             store = RedisStore(
-                address, prefix=settings.redis_prefix, client_name=NAME, max_events=settings.history_events
+                address,
+                prefix=settings.redis_prefix,
+                client_name=NAME,
+                max_events=settings.history_events,
+                keep_seconds=settings.history_days * _DAY_SECONDS,
             )
         except ValueError as error:
             raise BadInputError([f"--redis-url: {error}"]) from error

@@ -189,7 +189,8 @@ class RedisStore:
         where: an address, or the URL of one server as redis-py reads it (`redis://[user:password@]host:port/db`).
         prefix: what all keys begin with; two policies can share a server under two prefixes.
         client_name: what CLIENT LIST shows.
-        max_events: about how many events the change stream keeps; a follower that is further behind loads in full.
+        max_events: how many events the change stream keeps; a follower that is further behind loads in full.
+        keep_seconds: how long it keeps each event at least, even when there are more.
 
     Raises:
         ValueError: the address or the prefix cannot be read.
@@ -202,11 +203,13 @@ class RedisStore:
         prefix: str = "authz",
         client_name: str = "authz-server",
         max_events: int = 100_000,
+        keep_seconds: float = 0,
     ) -> None:
         if not prefix or any(sign in prefix for sign in "{} \t\r\n"):
             raise ValueError(f"{prefix!r} is not a prefix for keys: use letters, digits, '-', '_', ':'")
         self._tag = f"{{{prefix}}}"
         self._max_events = max_events
+        self._keep_seconds = keep_seconds
         # People want a write to survive a hiccup. A follower must notice at once, and comes back anyway.
         patient = Retry(EqualJitterBackoff(cap=0.5, base=0.05), _RETRIES)
         self._address = where if isinstance(where, RedisAddress) else RedisAddress(where)
@@ -218,9 +221,10 @@ class RedisStore:
         self._where = str(self._address)
         self._reply_seconds = _reply_seconds(self._follower)
         scripts = resources.files("authz_server.store") / "scripts"
-        self._apply = self._client.register_script((scripts / "apply.lua").read_text("utf-8"))
+        keep = (scripts / "keep.lua").read_text("utf-8")
+        self._apply = self._client.register_script(keep + (scripts / "apply.lua").read_text("utf-8"))
         self._init = self._client.register_script((scripts / "init.lua").read_text("utf-8"))
-        self._switch = self._client.register_script((scripts / "switch.lua").read_text("utf-8"))
+        self._switch = self._client.register_script(keep + (scripts / "switch.lua").read_text("utf-8"))
         self._confirm = self._client.register_script((scripts / "confirm.lua").read_text("utf-8"))
 
     async def init(self, *, actor: str, reason: str, change_id: str) -> WriteResult:
@@ -287,7 +291,7 @@ class RedisStore:
             arguments += [number, key.name, "absent" if before is None else "present", before or "", act, after or ""]
         fixed = [FORMAT, change.epoch, change.change_id, change.actor, change.reason, change.action]
         fixed += [encode_event_records(writes), str(self._max_events), str(_RESULT_SECONDS), digest]
-        fixed.append("" if change.at_revision is None else str(change.at_revision))
+        fixed += ["" if change.at_revision is None else str(change.at_revision), str(self._keep_seconds)]
         names = ["meta", "counts", "changes", f"change:{change.change_id}", *numbers]
         with self._errors():
             kind, *details = await self._apply(
@@ -383,6 +387,7 @@ class RedisStore:
         digest = replacement_digest(replacement.action, counted)
         arguments: list[str | int] = [FORMAT, replacement.epoch, change_id, replacement.actor, replacement.reason]
         arguments += [replacement.action, self._max_events, _RESULT_SECONDS, digest, len(parts), len(difference)]
+        arguments.append(str(self._keep_seconds))
         for name, (number, total) in counted.items():
             names += [name, f"staged:{change_id}:{name}"]
             arguments += [name, str(lines.get(name, "")), number, total]

@@ -105,6 +105,7 @@ class TestCronJobs:
         for job in found.of("cronjobs.yaml"):
             assert env.items() <= plain_env(cron_container(job)).items()
             assert plain_env(cron_container(job))["AUTHZ_HISTORY_EVENTS"] == "50000"
+            assert plain_env(cron_container(job))["AUTHZ_HISTORY_DAYS"] == "90"
             labels = job["spec"]["jobTemplate"]["spec"]["template"]["metadata"]["labels"]
             assert labels["app.kubernetes.io/component"] == "authzctl", "which a network policy lets out to Redis"
 

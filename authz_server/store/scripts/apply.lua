@@ -3,9 +3,10 @@
 --
 -- KEYS  meta, counts, changes, result of this change id, then the hash of each collection
 -- ARGV  format, epoch, change id, actor, reason, action, records (JSON, for the event), most events to keep, seconds
---       to keep the result, digest of the change, the revision that must be the newest ('': any), then the name of
---       each collection (in the order of KEYS), then six for each record: number of its collection (from 1), field,
---       'present' or 'absent', the text expected if present, 'set', 'delete' or 'check', the text to set
+--       to keep the result, digest of the change, the revision that must be the newest ('': any), seconds to keep every
+--       event, then the name of each collection (in the order of KEYS), then six for each record: number of its
+--       collection (from 1), field, 'present' or 'absent', the text expected if present, 'set', 'delete' or 'check', the
+--       text to set
 -- Reply one of  {applied, revision}  {repeated, 'epoch revision digest'}  {absent}  {format, found}  {epoch, found}
 --               {revision, found}  {conflict, number of the record (from 1), text found or nil}  {inconsistent, what}
 --
@@ -14,7 +15,7 @@
 
 local meta, counts, changes, result = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local format, epoch, change_id = ARGV[1], ARGV[2], ARGV[3]
-local FIXED_KEYS, FIXED_ARGUMENTS, PER_RECORD = 4, 11, 6
+local FIXED_KEYS, FIXED_ARGUMENTS, PER_RECORD = 4, 12, 6
 local MODULUS = 281474976710656
 local collections = #KEYS - FIXED_KEYS
 local first = FIXED_ARGUMENTS + collections + 1
@@ -109,6 +110,8 @@ for _, command in ipairs(probe) do
   end
 end
 
+local now = redis.call('TIME')
+local kept = first_kept(changes, revision + 1, ARGV[8], ARGV[12], now)
 for i = first, #ARGV, PER_RECORD do
   local key, field, act = KEYS[FIXED_KEYS + tonumber(ARGV[i])], ARGV[i + 1], ARGV[i + 4]
   if act == 'set' then
@@ -129,8 +132,7 @@ for i in pairs(changed) do
   end
 end
 redis.call('HSET', meta, 'revision', revision, 'last_change', change_id, 'records', records)
-local now = redis.call('TIME')
-redis.call('XADD', changes, 'MAXLEN', '~', ARGV[8], revision .. '-0', 'epoch', epoch, 'change', change_id,
+redis.call('XADD', changes, 'MINID', kept, revision .. '-0', 'epoch', epoch, 'change', change_id,
   'previous', previous_change, 'actor', ARGV[4], 'reason', ARGV[5], 'action', ARGV[6],
   'at', string.format('%d.%06d', now[1], now[2]), 'records', ARGV[7], 'counts', cjson.encode(touched))
 redis.call('SET', result, epoch .. ' ' .. revision .. ' ' .. ARGV[10], 'EX', ARGV[9])

@@ -4,15 +4,15 @@
 -- KEYS  meta, counts, changes, result of this change id, differences, the difference of this change, then for each
 --       collection: its hash, the one that was staged for it
 -- ARGV  format, epoch, change id, actor, reason, action, most events to keep, seconds to keep the result, digest,
---       parts of the difference, records of the difference, then four for each collection: name, its line in counts as
---       it was read ('' for none), records staged, sum of their shares
+--       parts of the difference, records of the difference, seconds to keep every event, then four for each collection:
+--       name, its line in counts as it was read ('' for none), records staged, sum of their shares
 -- Reply one of  {applied, revision}  {repeated, 'epoch revision digest'}  {absent}  {format, found}  {epoch, found}
 --               {touched, collection}  {inconsistent, what}
 
 local meta, counts, changes, result, differences = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local format, epoch, change_id = ARGV[1], ARGV[2], ARGV[3]
 local difference = KEYS[6]
-local FIXED_KEYS, FIXED_ARGUMENTS, PER_COLLECTION = 6, 11, 4
+local FIXED_KEYS, FIXED_ARGUMENTS, PER_COLLECTION = 6, 12, 4
 local collections = (#KEYS - FIXED_KEYS) / 2
 
 local before = redis.call('GET', result)
@@ -78,6 +78,8 @@ for _, command in ipairs(probe) do
   end
 end
 
+local now = redis.call('TIME')
+local kept = first_kept(changes, revision + 1, ARGV[7], ARGV[12], now)
 revision = string.format('%d', revision + 1)
 local touched = {}
 for i = 1, collections do
@@ -97,8 +99,7 @@ end
 redis.call('PERSIST', difference)
 redis.call('HSET', differences, change_id, revision)
 redis.call('HSET', meta, 'revision', revision, 'last_change', change_id, 'records', records)
-local now = redis.call('TIME')
-redis.call('XADD', changes, 'MAXLEN', '~', ARGV[7], revision .. '-0', 'epoch', epoch, 'change', change_id,
+redis.call('XADD', changes, 'MINID', kept, revision .. '-0', 'epoch', epoch, 'change', change_id,
   'previous', found[4], 'actor', ARGV[4], 'reason', ARGV[5], 'action', ARGV[6],
   'at', string.format('%d.%06d', now[1], now[2]), 'records', '[]', 'counts', cjson.encode(touched),
   'parts', ARGV[10], 'size', ARGV[11])

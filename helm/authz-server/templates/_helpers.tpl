@@ -231,6 +231,10 @@ spec:
         - name: AUTHZ_HISTORY_EVENTS
           value: {{ int . | quote }}
         {{- end }}
+        {{- with $context.Values.settings.history_days }}
+        - name: AUTHZ_HISTORY_DAYS
+          value: {{ int . | quote }}
+        {{- end }}
       securityContext:
         {{- include "authz-server.securityContext" $context | nindent 8 }}
       resources:
