@@ -45,7 +45,7 @@ _SLICE = 100
 _COALESCE_SECONDS = 0.02
 """The first event of a burst is applied at once; those within this time after it are asked for together, since a
 question costs the time of some ten events."""
-_BEHIND = 32
+_BEHIND = 50
 """So many events in one answer mean that we are behind: the rest is asked for at once."""
 _EVENTS_TOLD_AT_ONCE = 3
 _TURN_SECONDS = 0.001
@@ -345,7 +345,7 @@ class Refresher:
         self._use(snapshot, position, confirmed_at, events=len(events))
         await self._tell(events)
         if 0 < len(events) < _BEHIND:
-            await asyncio.sleep(_COALESCE_SECONDS)
+            await asyncio.sleep(_COALESCE_SECONDS - (self._clock() - confirmed_at))
 
     async def _tell(self, events: list[Event]) -> None:
         """Tell of events that were applied; checks have their turn in between."""

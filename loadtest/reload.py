@@ -80,7 +80,7 @@ def measure(policy: LargePolicy, folder: Path, console: Console) -> None:
                 quiet = ask(QUIET_SECONDS)
                 revision = policy.ask(lambda store, feed=feed: replace(store, feed))  # type: ignore[misc]
                 ask(None)
-                seconds = server.wait_for_revision(revision)
+                seconds = server.wait_for_revision(revision, ask_every_seconds=1.0)
                 busy = ask(None)
                 tell(console, f"full load, {seconds:.0f} s", quiet, busy)
                 ratios.append(busy.p99 / quiet.p99)
