@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from authz_server.observation import PerSecond, facts_of
 from authz_server.policy.addresses import Address
 from authz_server.policy.attributes import RequestAttributes
 from authz_server.policy.decision import Allowed, Decision
@@ -87,8 +88,7 @@ class DecisionLog:
         self._write = write
         self._clock = clock
         self._queue: deque[Decided] = deque()
-        self._second = 0
-        self._left = options.denials_per_second
+        self._denials = PerSecond(options.denials_per_second)
         self._not_logged: Counter[str] = Counter()
         self._counting = threading.Lock()
         self._stopping = threading.Event()
@@ -110,11 +110,7 @@ class DecisionLog:
             self.recent.append(decided)
         if self._write is None:
             return
-        second = int(decided.at)
-        if second != self._second:
-            self._second, self._left = second, self._options.denials_per_second
-        if self._left > 0:
-            self._left -= 1
+        if self._denials.take(decided.at):
             self._enqueue(decided)
         else:
             with self._counting:
@@ -136,9 +132,7 @@ class DecisionLog:
         facts: dict[str, Any] = {
             "at": datetime.fromtimestamp(decided.at, UTC).isoformat(timespec="milliseconds"),
             "event": "decision",
-            "outcome": "ok" if isinstance(decision, Allowed) else "denied",
-            "reason": decision.reason.value,
-        }
+        } | facts_of(decision)
         if decision.client_address is not None:
             facts["client_address"] = self._shown(decision.client_address)
         if attributes is not None:
@@ -149,17 +143,10 @@ class DecisionLog:
                 "path": RequestPath(attributes.path).text,
             }
             facts |= {name: text[: _SHOWN[name]] for name, text in request.items() if text}
-        if decision.tenant is not None:
-            facts["tenant"] = decision.tenant
-        if isinstance(decision, Allowed) and decision.instance is not None:
-            facts |= {"instance": decision.instance, "affinity": decision.affinity.value}
-        if deciding := decision.deciding:
-            facts["scope"] = deciding.scope
-            if deciding.match:
-                facts["list"] = deciding.match.list_name
-                network = deciding.match.network
-                if not (self._options.anonymize and network.prefix_length > _KEPT_BITS[network.version]):
-                    facts["entry"] = str(network)
+        if (deciding := decision.deciding) and deciding.match:
+            network = deciding.match.network
+            if not (self._options.anonymize and network.prefix_length > _KEPT_BITS[network.version]):
+                facts["entry"] = str(network)
         if shadow := decision.shadow_denials:
             facts["shadow"] = [f"{outcome.scope}:{outcome.reason}" for outcome in shadow]
         return facts | {"revision": decided.revision, "microseconds": round(decided.seconds * 1e6)}

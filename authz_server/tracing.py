@@ -16,8 +16,9 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from authz_server.observation import PerSecond, facts_of
 from authz_server.policy.attributes import RequestAttributes
-from authz_server.policy.decision import Allowed, Decision
+from authz_server.policy.decision import Decision
 from authz_server.policy.reasons import Reason
 
 _TRACE_HEADER = "traceparent"
@@ -53,10 +54,8 @@ class Tracing:
         self._tracer = self._provider.get_tracer("authz_server")
         self._propagator = TraceContextTextMapPropagator()
         self._ratio = ratio
-        self._spans_per_second = spans_per_second
+        self._spans = PerSecond(spans_per_second)
         self._clock = clock
-        self._second = 0
-        self._left = spans_per_second
 
     def note(self, decision: Decision, attributes: RequestAttributes | None, revision: int, seconds: float) -> None:
         """Make a span of one answered check, if its request is traced and it is its turn."""
@@ -70,16 +69,14 @@ class Tracing:
         if not (parent.is_valid and parent.trace_flags.sampled):
             return
         now = self._clock()
-        if int(now) != self._second:
-            self._second, self._left = int(now), self._spans_per_second
-        if self._left <= 0:
+        if not self._spans.take(now):
             return
-        self._left -= 1
+        facts: dict[str, str | int] = {f"authz.{name}": fact for name, fact in facts_of(decision).items()}
         span = self._tracer.start_span(
             "ext_authz check",
             context,
             kind=SpanKind.SERVER,
-            attributes=_facts(decision, revision),
+            attributes=facts | {"authz.revision": revision},
             start_time=round((now - seconds) * 1e9),
         )
         if decision.reason is Reason.INTERNAL_ERROR:
@@ -90,20 +87,3 @@ class Tracing:
         """Send what is left, for two seconds at most."""
         self._provider.force_flush(_CLOSE_MILLISECONDS)
         self._provider.shutdown()
-
-
-def _facts(decision: Decision, revision: int) -> dict[str, str | int]:
-    facts: dict[str, str | int] = {
-        "authz.outcome": "ok" if isinstance(decision, Allowed) else "denied",
-        "authz.reason": decision.reason.value,
-        "authz.revision": revision,
-    }
-    if decision.tenant is not None:
-        facts["authz.tenant"] = decision.tenant
-    if isinstance(decision, Allowed) and decision.instance is not None:
-        facts |= {"authz.instance": decision.instance, "authz.affinity": decision.affinity.value}
-    if deciding := decision.deciding:
-        facts["authz.scope"] = deciding.scope
-        if deciding.match:
-            facts["authz.list"] = deciding.match.list_name
-    return facts

@@ -25,13 +25,14 @@ ROOMS_BELOW: dict[str, frozenset[str]] = {
     "replicas": frozenset({"policy", "store"}),
     "health": frozenset({"policy"}),
     "metrics": frozenset({"policy", "refresher", "loader", "health", "store", "ext_authz", "replicas"}),
-    "decision_log": frozenset({"policy"}),
+    "decision_log": frozenset({"policy", "observation"}),
     "logs": frozenset({"policy"}),
     "admin": frozenset(
         {"policy", "refresher", "loader", "health", "metrics", "store", "decision_log", "explanation", "replicas"}
     ),
     "explanation": frozenset({"policy"}),
-    "tracing": frozenset({"policy"}),
+    "observation": frozenset({"policy"}),
+    "tracing": frozenset({"policy", "observation"}),
     "settings": frozenset({"policy", "store", "ext_authz"}),
 }
 """Room -> the rooms of ours that it may import, beside itself. Rooms not named here are at the top."""

@@ -68,7 +68,7 @@ def test_what_shadow_scopes_would_have_denied_is_counted_by_kind_of_scope() -> N
         ScopeOutcome("resource:docs", Enforcement.SHADOW, Reason.NOT_ALLOWLISTED),
         ScopeOutcome("resource:site", Enforcement.SHADOW, Reason.ALLOWLISTED),
     )
-    metrics.observe(Denied(Reason.BLOCKED, ADDRESS, scopes=scopes), 0.0001)
+    metrics.observe(Denied(Reason.BLOCKED, ADDRESS, scopes=scopes, shadow_denials=scopes[1:3]), 0.0001)
     for kind, expected in {"global": 0, "tenant": 1, "resource": 1}.items():
         assert metrics.registry.get_sample_value("authz_shadow_denials_total", {"scope_kind": kind}) == expected
 

@@ -38,16 +38,13 @@ class Allowed(NamedTuple):
     affinity: Affinity = Affinity.NONE
     scopes: tuple[ScopeOutcome, ...] = ()
     """What every scope that applies says, shadow ones included: global, tenant, resources by name."""
+    shadow_denials: tuple[ScopeOutcome, ...] = ()
+    """What scopes in shadow say that would have denied, had they been enforced; beforehand, for every check asks."""
 
     @property
     def deciding(self) -> ScopeOutcome | None:
         """The first enforced scope that says what `reason` says; None when no list decided."""
         return _deciding(self.reason, self.scopes)
-
-    @property
-    def shadow_denials(self) -> tuple[ScopeOutcome, ...]:
-        """What scopes in shadow say that would have denied, had they been enforced."""
-        return _shadow_denials(self.scopes)
 
 
 class Denied(NamedTuple):
@@ -58,16 +55,13 @@ class Denied(NamedTuple):
     tenant: str | None = None
     scopes: tuple[ScopeOutcome, ...] = ()
     """As in Allowed; empty when the denial came before any scope was asked."""
+    shadow_denials: tuple[ScopeOutcome, ...] = ()
+    """As in Allowed."""
 
     @property
     def deciding(self) -> ScopeOutcome | None:
         """The first enforced scope that says what `reason` says; None when no list decided."""
         return _deciding(self.reason, self.scopes)
-
-    @property
-    def shadow_denials(self) -> tuple[ScopeOutcome, ...]:
-        """What scopes in shadow say that would have denied, had they been enforced."""
-        return _shadow_denials(self.scopes)
 
 
 Decision = Allowed | Denied
@@ -99,14 +93,14 @@ def decide(attributes: RequestAttributes, snapshot: Snapshot, now: float) -> Dec
         outcomes.append(_judge_tenant(tenant_id, snapshot, address, now))
     outcomes += [judge(scope, snapshot.tables, address, now) for scope in _guarding(attributes.host, path, snapshot)]
     scopes = tuple(outcomes)
-    reason = _over_all(scopes)
+    reason, shadow_denials = _over_all(scopes)
     if reason is not _ALLOWED and reason in _DENYING:
-        return Denied(reason, address, tenant_id, scopes)
+        return Denied(reason, address, tenant_id, scopes, shadow_denials)
 
     instance, affinity, problem = _find_instance(tenant_id, snapshot)
     if problem:
-        return Denied(problem, address, tenant_id, scopes)
-    return Allowed(reason, address, tenant_id, instance, affinity, scopes)
+        return Denied(problem, address, tenant_id, scopes, shadow_denials)
+    return Allowed(reason, address, tenant_id, instance, affinity, scopes, shadow_denials)
 
 
 def client_address(attributes: RequestAttributes, snapshot: Snapshot) -> Address | Reason:
@@ -157,19 +151,17 @@ def _guarding(host: str, path: RequestPath, snapshot: Snapshot) -> list[Scope]:
     return [guarded.scope for guarded in on_host if guarded.resource.holds(readings)]
 
 
-def _over_all(scopes: tuple[ScopeOutcome, ...]) -> Reason:
-    """Return what all scopes together say: each enforced one must agree, and those in shadow have no say."""
-    said = [
-        outcome.reason
-        for outcome in scopes
-        if outcome.reason is not _ALLOWED and outcome.enforcement is Enforcement.ENFORCE
-    ]
+def _over_all(scopes: tuple[ScopeOutcome, ...]) -> tuple[Reason, tuple[ScopeOutcome, ...]]:
+    """Return what all scopes together say: each enforced one must agree; and the denials of those in shadow."""
+    said = [outcome for outcome in scopes if outcome.reason is not _ALLOWED]
     if not said:
-        return _ALLOWED
+        return _ALLOWED, ()
+    enforced = [outcome.reason for outcome in said if outcome.enforcement is Enforcement.ENFORCE]
+    shadow_denials = tuple(outcome for outcome in said if outcome.enforcement is _SHADOW and outcome.denies)
     for reason in _DENYING:
-        if reason in said:
-            return reason
-    return Reason.ALLOWLISTED
+        if reason in enforced:
+            return reason, shadow_denials
+    return Reason.ALLOWLISTED if enforced else _ALLOWED, shadow_denials
 
 
 def _find_instance(tenant_id: str | None, snapshot: Snapshot) -> tuple[str | None, Affinity, Reason | None]:
@@ -202,11 +194,3 @@ def _deciding(reason: Reason, scopes: tuple[ScopeOutcome, ...]) -> ScopeOutcome 
         if outcome.reason is reason and outcome.enforcement is Enforcement.ENFORCE:
             return outcome
     return None
-
-
-def _shadow_denials(scopes: tuple[ScopeOutcome, ...]) -> tuple[ScopeOutcome, ...]:
-    found: tuple[ScopeOutcome, ...] = ()
-    for outcome in scopes:  # nearly always all are enforced, and every check asks: a generator would take twice as long
-        if outcome.enforcement is _SHADOW and outcome.denies:
-            found += (outcome,)
-    return found

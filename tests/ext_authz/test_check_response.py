@@ -47,6 +47,14 @@ scopes = st.lists(
     ),
     max_size=4,
 ).map(tuple)
+
+
+def with_shadow_denials(decision: Decision) -> Decision:
+    """As `decide` makes them."""
+    shadow = [outcome for outcome in decision.scopes if outcome.enforcement is Enforcement.SHADOW and outcome.denies]
+    return decision._replace(shadow_denials=tuple(shadow))
+
+
 allowed_reasons = (Reason.ALLOWED, Reason.ALLOWLISTED)
 allowed = st.builds(
     Allowed,
@@ -56,14 +64,14 @@ allowed = st.builds(
     st.none() | identifiers,
     st.sampled_from(Affinity),
     scopes,
-)
+).map(with_shadow_denials)
 denied = st.builds(
     Denied,
     st.sampled_from([reason for reason in Reason if reason not in allowed_reasons]),
     st.none() | addresses,
     st.none() | identifiers,
     scopes,
-)
+).map(with_shadow_denials)
 options = st.builds(
     ResponseOptions,
     routing_header=header_names,
@@ -166,6 +174,7 @@ def check_facts(facts: dict[str, object], decision: Decision) -> None:
 
 
 def test_one_allowed_answer_in_full() -> None:
+    shadow = ScopeOutcome("global", Enforcement.SHADOW, Reason.BLOCKED, None)
     decision = Allowed(
         Reason.ALLOWLISTED,
         CLIENT,
@@ -173,7 +182,7 @@ def test_one_allowed_answer_in_full() -> None:
         instance="queue-3",
         affinity=Affinity.PINNED,
         scopes=(
-            ScopeOutcome("global", Enforcement.SHADOW, Reason.BLOCKED, None),
+            shadow,
             ScopeOutcome(
                 "tenant:acme",
                 Enforcement.ENFORCE,
@@ -181,6 +190,7 @@ def test_one_allowed_answer_in_full() -> None:
                 ListMatch("office", parse_network("203.0.113.0/24")),
             ),
         ),
+        shadow_denials=(shadow,),
     )
     check_response = written(decision)
     assert set_headers(check_response.ok_response.headers) == {"x-tenant-instance": "queue-3", "x-tenant-id": "acme"}

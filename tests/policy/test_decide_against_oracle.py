@@ -83,7 +83,17 @@ FAULTS = {
     "suffix-host-without-dot": ("access", "host.endswith(pattern[1:])", "host.endswith(pattern[2:])"),
     "mapped-addresses-stay-mapped": ("addresses", "if value >> 32 == 0xFFFF:", "if value >> 32 == -1:"),
     "trusted-network-one-bit-too-wide": ("addresses", ">> shift == 0", ">> shift <= 1"),
-    "shadow-denies": ("decision", "and outcome.enforcement is Enforcement.ENFORCE\n    ]", "\n    ]"),
+    "shadow-denies": (
+        "decision",
+        "for outcome in said if outcome.enforcement is Enforcement.ENFORCE]",
+        "for outcome in said]",
+    ),
+    "shadow-denials-of-enforced-scopes": (
+        "decision",
+        "if outcome.enforcement is _SHADOW and outcome.denies",
+        "if outcome.denies",
+    ),
+    "shadow-denials-that-are-none": ("decision", "is _SHADOW and outcome.denies", "is _SHADOW"),
     "shadow-named-as-deciding": (
         "decision",
         "if outcome.reason is reason and outcome.enforcement is Enforcement.ENFORCE:",
@@ -96,13 +106,13 @@ FAULTS = {
     ),
     "global-allow-opens-restricted-resource": (
         "decision",
-        "        if reason in said:\n",
-        "        if reason in said and (reason, scopes[0].reason) != ('not_allowlisted', 'allowlisted'):\n",
+        "        if reason in enforced:\n",
+        "        if reason in enforced and (reason, scopes[0].reason) != ('not_allowlisted', 'allowlisted'):\n",
     ),
     "blocked-in-the-first-scope-only": (
         "decision",
-        "        if reason in said:\n",
-        "        if reason in (said if reason is Reason.NOT_ALLOWLISTED else [scopes[0].reason]):\n",
+        "        if reason in enforced:\n",
+        "        if reason in (enforced if reason is Reason.NOT_ALLOWLISTED else [scopes[0].reason]):\n",
     ),
     "not-allowlisted-before-blocked": (
         "decision",

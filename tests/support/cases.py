@@ -299,6 +299,7 @@ class PolicyRoom:
             str(decision.affinity) if allowed else "none",
             tuple(_outcome(outcome) for outcome in decision.scopes),
             _outcome(decision.deciding) if decision.deciding else None,
+            tuple(_outcome(outcome) for outcome in decision.shadow_denials),
         )
 
     def _named(self, kind: str, record: Any) -> tuple[tuple[str, ...], Any, Any]:

@@ -113,6 +113,7 @@ class Answer(NamedTuple):
     affinity: str = "none"
     outcomes: tuple[Outcome, ...] = ()
     deciding: Outcome | None = None
+    shadow_denials: tuple[Outcome, ...] = ()
 
 
 class Oracle:
@@ -173,19 +174,21 @@ class Oracle:
             return Answer("invalid_tenant", client)
 
         outcomes = tuple(self.outcome(scope, address, now) for scope in self.applying(request, path, tenant))
-        for reason in ("blocked", "not_allowlisted"):
+        denying = ("blocked", "not_allowlisted")
+        shadow = tuple(one for one in outcomes if one.enforcement == "shadow" and one.reason in denying)
+        for reason in denying:
             for outcome in outcomes:
                 if outcome.enforcement == "enforce" and outcome.reason == reason:
-                    return Answer(reason, client, tenant, outcomes=outcomes, deciding=outcome)
+                    return Answer(reason, client, tenant, None, "none", outcomes, outcome, shadow)
 
         instance, affinity, problem = self.place(tenant)
         if problem:
-            return Answer(problem, client, tenant, outcomes=outcomes)
+            return Answer(problem, client, tenant, None, "none", outcomes, None, shadow)
         enforced = [outcome for outcome in outcomes if outcome.enforcement == "enforce"]
         listed = [outcome for outcome in enforced if outcome.reason == "allowlisted"]
         if listed:
-            return Answer("allowlisted", client, tenant, instance, affinity, outcomes, listed[0])
-        return Answer("allowed", client, tenant, instance, affinity, outcomes)
+            return Answer("allowlisted", client, tenant, instance, affinity, outcomes, listed[0], shadow)
+        return Answer("allowed", client, tenant, instance, affinity, outcomes, None, shadow)
 
     def client_address(self, request: PlainRequest) -> tuple[IPAddress | None, str]:
         external = request.external
