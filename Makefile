@@ -10,7 +10,7 @@ ENVOYS := 1.36.4 1.38.3
 GENERATED := authz_server/ext_authz/_generated
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-istio bench lint format types protos readme chart dashboard check-generated lock clean
+.PHONY: help setup demo test test-unit test-istio chaos bench lint format types protos readme chart dashboard check-generated lock clean
 
 help: ## Show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -38,6 +38,9 @@ test-unit: $(READY) ## Run the tests that open no socket
 
 test-istio: $(READY) ## Try the manifests of istio/ on real Envoys of three versions, one line for each practice
 	$(BIN)/python -m pytest -q tests/istio
+
+chaos: $(READY) ## Let everything happen to the store under continuous checks (minutes); a table of what checks noticed
+	PYTHONPATH=.:tests $(BIN)/python -m chaos
 
 bench: $(READY) ## Measure (minutes; needs h2load and wrk): the match table, a check, the transport; loadtest/NOTES.md
 	$(BIN)/python -m loadtest.match_table

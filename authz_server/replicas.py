@@ -120,6 +120,7 @@ class Reporter:
         self._started_at = clock()
         self._position: Position | None = None
         self._changed = asyncio.Event()
+        self._again = asyncio.Event()
         self._leaving = asyncio.Event()
         self._tried = asyncio.Event()
         self._reported = False
@@ -129,6 +130,15 @@ class Reporter:
         if position != self._position:
             self._position = position
             self._changed.set()
+
+    def again(self) -> None:
+        """Report once more, and soon; returns at once.
+
+        To be called when the store has come back: it may have lost the reports with the rest, and who waits for all
+        servers must know of this one.
+        """
+        self._again.set()
+        self._changed.set()
 
     async def announced(self, *, at_most_seconds: float) -> None:
         """Wait until the server has reported for the first time, or could not.
@@ -140,13 +150,14 @@ class Reporter:
     def leave(self) -> None:
         """Let `run` take the report back and end; to be called when this server decides nothing any more."""
         self._leaving.set()
-        self._changed.set()
+        self.again()
 
     async def run(self) -> None:
         """Report until `leave`; troubles are told to `on_problem`, never raised."""
         failures = 0
         while not self._leaving.is_set():
             self._changed.clear()
+            self._again.clear()
             succeeded = await self._attempt()
             self._tried.set()
             if succeeded:
@@ -155,7 +166,7 @@ class Reporter:
                 await _wait(self._changed, _HEARTBEAT_SECONDS)
             else:
                 delay = min(_LONGEST_DELAY_SECONDS, _FIRST_DELAY_SECONDS * (1 << min(failures, 20)))
-                await _wait(self._leaving, delay * random.uniform(0.5, 1.0))  # noqa: S311 - not a secret
+                await _wait(self._again, delay * random.uniform(0.5, 1.0))  # noqa: S311 - not a secret
                 failures += 1
         with suppress(StoreError):  # then it stays unknown for as long as one that was killed
             await self._store.forget(self.replica)

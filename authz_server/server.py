@@ -96,7 +96,8 @@ async def _serve(settings: Settings, stopping: asyncio.Event, stack: AsyncExitSt
     watch = StatusWatch(health, lambda: refresher.current)
 
     def on_status(status: RefresherStatus) -> None:
-        watch(status)
+        if watch(status):
+            reporter.again()
         if status.position:
             reporter.applied(status.position)
 
@@ -214,8 +215,8 @@ class StatusWatch:
         self._current = current
         self._last = RefresherStatus()
 
-    def __call__(self, status: RefresherStatus) -> None:
-        """Take note of a new status."""
+    def __call__(self, status: RefresherStatus) -> bool:
+        """Take note of a new status, and return whether the store is told of differently than before."""
         snapshot = self._current()
         if snapshot:
             detail = f"revision {snapshot.revision} of epoch {snapshot.epoch}"
@@ -240,7 +241,8 @@ class StatusWatch:
                 epoch_before=before.epoch if before else None,
                 revision_before=before.revision if before else None,
             )
-        if (status.connected, status.problem) != (self._last.connected, self._last.problem):
+        news = (status.connected, status.problem) != (self._last.connected, self._last.problem)
+        if news:
             if status.connected and status.problem:
                 consequence = "decisions follow what can be followed" if status.incident else ""
                 _log.error("the policy in redis is not sound", problem=status.problem, consequence=consequence)
@@ -253,6 +255,7 @@ class StatusWatch:
         self._health.set(ComponentName.SNAPSHOT, ready=snapshot is not None, detail=detail)
         sound = status.connected and not status.problem
         self._health.set(ComponentName.REDIS, ready=sound, detail=status.problem or "connected")
+        return news
 
 
 class FileWatch:

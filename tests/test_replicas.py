@@ -134,6 +134,23 @@ async def test_a_forgotten_server_that_runs_comes_back(store: Counting, monkeypa
         await eventually(lambda: positions(store) == {"a": None})
 
 
+async def test_a_store_that_came_back_empty_is_told_at_once(store: Counting) -> None:
+    """Whoever waits for all servers would else take the first one that reports for all of them."""
+    async with reporting(store) as reporter:
+        reporter.applied(at(1))
+        await eventually(lambda: positions(store) == {"a": at(1)})
+        await store.forget("a")
+        reporter.again()
+        await eventually(lambda: positions(store) == {"a": at(1)}, seconds=2)
+        await store.forget("a")
+        store.available = False
+        reporter.again()
+        await eventually(lambda: len(store.sent) > 8, seconds=20)  # by now it waits for seconds between two attempts
+        store.available = True
+        reporter.again()
+        await eventually(lambda: positions(store) == {"a": at(1)}, seconds=1)
+
+
 async def test_leaving_takes_the_report_back(store: Counting) -> None:
     async with reporting(store) as reporter:
         await reporter.announced(at_most_seconds=5)

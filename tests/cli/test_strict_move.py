@@ -2,18 +2,16 @@
 
 import asyncio
 import signal
-import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import grpc
 import grpc.aio
 import pytest
+from support.authzctl import AuthzctlProcess
 from support.process import ServerProcess, apply_writes, init_policy
 from support.waiting import eventually
 
@@ -109,33 +107,6 @@ async def checking(servers: dict[str, ServerProcess]) -> AsyncIterator[Checks]:
             await channel.close()
 
 
-class Authzctl:
-    """One command in a process of its own, ended at the end of the `async with` block."""
-
-    def __init__(self, valkey: Valkey, words: str) -> None:
-        self._environ = {"AUTHZ_REDIS_URL": valkey.url}
-        self._words = [*words.split(), "--reason", "a test", "--actor", "alice"]
-
-    async def __aenter__(self) -> Self:
-        self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "authz_server.cli.authzctl", *self._words,
-            env=self._environ, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-        )  # fmt: skip
-        return self
-
-    async def ended(self) -> tuple[int | None, str]:
-        """Exit code and output."""
-        out, _ = await self.process.communicate()
-        return self.process.returncode, out.decode()
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.process.returncode is None:
-            self.process.kill()
-            await self.process.wait()
-
-
 MOVE = "affinity move acme queue-2 --strict --wait 30 --settle 0.2"
 
 
@@ -146,7 +117,7 @@ async def test_no_request_on_the_old_instance_after_the_first_on_the_new(
     async with checking(servers) as checks:
         servers["pod-b"].child.pause()
         try:
-            async with Authzctl(own_valkey, MOVE) as move:
+            async with AuthzctlProcess(own_valkey.url, MOVE) as move:
                 await checks.until(DENIED, "pod-a")
                 await asyncio.sleep(DELAY_SECONDS)
                 assert not checks.times(NEW)
@@ -167,7 +138,7 @@ async def test_a_server_that_does_not_come_back_ends_the_move_where_it_began(
     async with checking(servers) as checks:
         servers["pod-b"].child.pause()
         try:
-            async with Authzctl(own_valkey, MOVE.replace("--wait 30", "--wait 1")) as move:
+            async with AuthzctlProcess(own_valkey.url, MOVE.replace("--wait 30", "--wait 1")) as move:
                 code, out = await move.ended()
         finally:
             servers["pod-b"].child.resume()
@@ -187,7 +158,7 @@ async def test_a_move_that_is_stopped_is_undone_or_gone_on_with(
     async with checking(servers) as checks:
         servers["pod-b"].child.pause()
         try:
-            async with Authzctl(own_valkey, MOVE) as move:
+            async with AuthzctlProcess(own_valkey.url, MOVE) as move:
                 await checks.until(DENIED, "pod-a")
                 move.process.send_signal(number)
                 code, out = await move.ended()
@@ -197,7 +168,7 @@ async def test_a_move_that_is_stopped_is_undone_or_gone_on_with(
             assert code == 130, out
             assert "0 of 1 tenant done" in out
             assert "may be held" not in out
-        async with Authzctl(own_valkey, MOVE) as move:
+        async with AuthzctlProcess(own_valkey.url, MOVE) as move:
             code, out = await move.ended()
         assert code == 0, out
         for name in servers:

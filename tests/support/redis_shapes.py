@@ -174,9 +174,10 @@ class Cluster:
         return "cluster_state:ok" in str(raw(node.port, "CLUSTER", "INFO"))
 
     def primary(self, key: str) -> Valkey:
-        slot = call(self.nodes[3].port, "CLUSTER", "KEYSLOT", key)
-        for node in self.nodes[:3]:
-            if node.running and slot in _slots(node.port):
+        running = [node for node in self.nodes if node.running]
+        slot = call(running[0].port, "CLUSTER", "KEYSLOT", key)
+        for node in running:
+            if slot in _slots(node.port):
                 return node
         raise OSError("no primary holds the key at the moment")
 
