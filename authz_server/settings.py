@@ -287,9 +287,9 @@ class Settings(BaseSettings):
     )
 
     transport: TransportName = Field(
-        TransportName.GRPCIO,
-        description="Who serves the gRPC port: `grpcio` (the reference), `native` (Rust, a fraction of the CPU, but "
-        "in a sustained overload through Envoy it answered too few in time), or `auto`: native where it can be loaded",
+        TransportName.AUTO,
+        description="Who serves the gRPC port: `asyncio` (HTTP/2 of this project, a fraction of the CPU, bounded and "
+        "shedding), `grpcio` (the reference and the fallback), or `auto`, which takes asyncio",
     )
     redis_url: Annotated[SecretStr, AfterValidator(_redis_url)] = Field(
         _DEFAULT_URL,

@@ -34,7 +34,7 @@ MAX_REQUEST_BYTES = 1 << 20
 TRANSPORTS = {
     "grpcio": "authz_server.ext_authz.grpcio_transport:GrpcioTransport",
     "echo": "loadtest.echo:EchoTransport",
-    "native": "authz_server.ext_authz.native_transport:NativeTransport",
+    "asyncio": "authz_server.ext_authz.asyncio_transport:AsyncioTransport",
 }
 
 
@@ -96,7 +96,7 @@ def build_policy() -> Snapshot:
     )
 
 
-OURS = ("grpcio", "native")
+OURS = ("grpcio", "asyncio")
 
 
 class Serving(Protocol):

@@ -6,6 +6,7 @@ so a bounded number waits; more are shed (UNAVAILABLE) before anything is done f
 
 from collections import deque
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 MAX_WAITING = 1024
 """So many checks wait at most, however fast this machine is."""
@@ -13,14 +14,16 @@ MIN_WAITING = 32
 """So many may always wait: the measured price of a check is rough."""
 MAX_UNFINISHED_BYTES = 64 << 20
 """All unfinished messages together, by the lengths that they declare, and 64 KiB for each stream (its metadata)."""
-_SMOOTHING = 0.1
+_REMEMBERED = 0.9
+"""How much of what was learned of the pace counts beside the next slice."""
 _FIRST_GUESS_SECONDS = 0.0001
+_FIRST_GUESS_CALLS = 32
 
-Call = tuple[int, bytes]
-"""A call's id and its message."""
+C = TypeVar("C")
+"""A call, whatever it is made of."""
 
 
-class Backlog:
+class Backlog(Generic[C]):
     """Checks that wait for their decision.
 
     Oldest first, as long as the oldest of them has waited for less than half of `max_wait_seconds`. Then newest first:
@@ -30,50 +33,53 @@ class Backlog:
 
     def __init__(self, max_wait_seconds: float) -> None:
         self._max_wait_seconds = max_wait_seconds
-        self._batches: deque[tuple[float, list[Call]]] = deque()
-        self._seconds_each = _FIRST_GUESS_SECONDS
+        self._batches: deque[tuple[float, list[C]]] = deque()
+        self._calls, self._seconds = float(_FIRST_GUESS_CALLS), _FIRST_GUESS_CALLS * _FIRST_GUESS_SECONDS
         self._limit = MAX_WAITING
         self.waiting = 0
-        self.full = False
-        """Whether as many wait as can be decided in half of `max_wait_seconds`."""
-        self.waited = 0.0
-        """Seconds that the calls taken last had waited."""
+        self.room = MAX_WAITING
+        """So many more can be decided in half of `max_wait_seconds`; the others are to be shed before they wait."""
         self.shed = 0
         """Calls that were answered UNAVAILABLE for lack of time or memory, so far."""
 
-    def add(self, now: float, calls: list[Call]) -> None:
-        """Let calls wait."""
+    @property
+    def seconds_each(self) -> float:
+        """How long one takes, by the clock on the wall."""
+        return self._seconds / self._calls
+
+    def add(self, now: float, calls: list[C]) -> None:
+        """Let calls wait that came together, `now`."""
         self._batches.append((now, calls))
         self.waiting += len(calls)
-        self.full = self.waiting >= self._limit
+        self.room = max(0, self._limit - self.waiting)
 
-    def take(self, now: float, at_most: int) -> tuple[list[Call], list[Call]]:
-        """Take calls to decide, and those that have waited for too long."""
-        batches = self._batches
-        late: list[Call] = []
-        while batches and now - batches[0][0] > self._max_wait_seconds:
+    def take(self, now: float, at_most: int) -> tuple[list[tuple[float, list[C]]], list[C]]:
+        """Take calls to decide, each group with the time at which it came, and those that have waited for too long."""
+        batches, longest = self._batches, self._max_wait_seconds
+        late: list[C] = []
+        while batches and now - batches[0][0] > longest:
             late += batches.popleft()[1]
-        calls: list[Call] = []
-        if batches:
-            newest_first = now - batches[0][0] > self._max_wait_seconds / 2
+        newest_first = bool(batches) and now - batches[0][0] > longest / 2
+        groups: list[tuple[float, list[C]]] = []
+        left = at_most
+        while batches and left:
             arrived, calls = batches.pop() if newest_first else batches.popleft()
-            self.waited = now - arrived
-            if len(calls) > at_most:
-                rest = (arrived, calls[at_most:])
-                calls = calls[:at_most]
-                if newest_first:
-                    batches.append(rest)
-                else:
-                    batches.appendleft(rest)
-        self.waiting -= len(calls) + len(late)
+            if len(calls) > left:
+                (batches.append if newest_first else batches.appendleft)((arrived, calls[left:]))
+                calls = calls[:left]
+            groups.append((arrived, calls))
+            left -= len(calls)
+        self.waiting -= at_most - left + len(late)
         self.shed += len(late)
-        self.full = self.waiting >= self._limit
-        return calls, late
+        self.room = max(0, self._limit - self.waiting)
+        return groups, late
 
     def note_pace(self, calls: int, seconds: float) -> None:
-        """Learn how long so many decisions took, by the clock on the wall, with all that was done in between."""
-        self._seconds_each += _SMOOTHING * (seconds / calls - self._seconds_each)
-        limit = int(self._max_wait_seconds / 2 / max(self._seconds_each, 1e-9))
+        """Learn how long so many took, one after the other, with all that was done in between."""
+        # Sums, not an average of averages: a process that is stopped now and then decides much, then nothing.
+        self._calls = self._calls * _REMEMBERED + calls
+        self._seconds = self._seconds * _REMEMBERED + seconds
+        limit = int(self._max_wait_seconds / 2 / max(self.seconds_each, 1e-9))
         self._limit = max(MIN_WAITING, min(MAX_WAITING, limit))
 
 

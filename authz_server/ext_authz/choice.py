@@ -1,14 +1,12 @@
-"""Which transport serves: the fast one where it can, else the reference."""
+"""Which transport serves: the fast one, or the reference if the operator wants it."""
 
-import importlib
 from typing import Protocol
 
+from authz_server.ext_authz.asyncio_transport import AsyncioTransport
 from authz_server.ext_authz.checker import Checker
 from authz_server.ext_authz.grpcio_transport import GrpcioTransport
 from authz_server.ext_authz.health_service import Readiness
-from authz_server.ext_authz.transport import ObserveWait, TlsFiles, TransportError, TransportName
-
-_NATIVE_MODULE = "authz_server.ext_authz.native_transport"
+from authz_server.ext_authz.transport import ObserveWait, TlsFiles, TransportName
 
 
 class Transport(Protocol):
@@ -51,30 +49,18 @@ def choose_transport(
         max_request_bytes: the checker's own limit.
         max_wait_seconds: checks that would wait for longer are answered UNAVAILABLE.
         observe_wait: is told how long checks have waited.
-
-    Raises:
-        TransportError: `native` was asked for and cannot be loaded.
     """
-    why = "asked for"
-    if wanted is not TransportName.GRPCIO:
-        try:
-            native = importlib.import_module(_NATIVE_MODULE)
-        except ImportError as error:
-            if wanted is TransportName.NATIVE:
-                raise TransportError(
-                    f"transport native cannot be loaded ({error}): install pygrpc-native, or ask for auto or grpcio"
-                ) from None
-            why = f"the faster one, native, cannot be loaded ({error})"
-        else:
-            fast: Transport = native.NativeTransport(
-                checker,
-                listen=listen,
-                tls=tls,
-                health=health,
-                max_request_bytes=max_request_bytes,
-                max_wait_seconds=max_wait_seconds,
-                observe_wait=observe_wait,
-            )
-            return fast, TransportName.NATIVE, why if wanted is TransportName.NATIVE else "the fastest there is"
-    reference = GrpcioTransport(checker, listen=listen, tls=tls, health=health, observe_wait=observe_wait)
-    return reference, TransportName.GRPCIO, why
+    why = "asked for" if wanted is not TransportName.AUTO else "the one that costs least"
+    if wanted is TransportName.GRPCIO:
+        reference = GrpcioTransport(checker, listen=listen, tls=tls, health=health, observe_wait=observe_wait)
+        return reference, TransportName.GRPCIO, why
+    fast = AsyncioTransport(
+        checker,
+        listen=listen,
+        tls=tls,
+        health=health,
+        max_request_bytes=max_request_bytes,
+        max_wait_seconds=max_wait_seconds,
+        observe_wait=observe_wait,
+    )
+    return fast, TransportName.ASYNCIO, why

@@ -21,8 +21,8 @@ class TransportName(Enum):
     """What an operator can ask for."""
 
     AUTO = "auto"
-    """`native` where it can be loaded, else `grpcio`."""
-    NATIVE = "native"
+    """The one that costs least: `asyncio`."""
+    ASYNCIO = "asyncio"
     GRPCIO = "grpcio"
 
 

@@ -6,15 +6,6 @@ from dataclasses import dataclass, field
 
 import h2.events
 import pytest
-from h2.config import H2Configuration
-from h2.connection import H2Connection
-from h2.settings import SettingCodes, Settings
-from hpack import Decoder, Encoder
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from authz_server.ext_authz import frame_filter
-from authz_server.ext_authz.admission import Backlog, Memory
 from authz_server.ext_authz.frame_filter import (
     ACK,
     CHECK_PATH,
@@ -40,6 +31,15 @@ from authz_server.ext_authz.frame_filter import (
     Markers,
     frame,
 )
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.settings import SettingCodes, Settings
+from hpack import Decoder, Encoder
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from authz_server.ext_authz import frame_filter
+from authz_server.ext_authz.admission import Backlog, Memory
 
 LIMIT = 100_000
 MARKERS = Markers()

@@ -19,11 +19,11 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from support.waiting import eventually
 
 from authz_server.ext_authz._generated import ext_authz_pb2
+from authz_server.ext_authz.asyncio_transport import AsyncioTransport
 from authz_server.ext_authz.check_response import ResponseOptions
 from authz_server.ext_authz.checker import Checked, Checker
 from authz_server.ext_authz.choice import Transport
 from authz_server.ext_authz.grpcio_transport import GrpcioTransport
-from authz_server.ext_authz.native_transport import NativeTransport
 from authz_server.ext_authz.transport import ObserveWait, TlsFiles, TransportError, ignore_wait
 from authz_server.health import ComponentName, HealthState
 from authz_server.policy.access import Entry
@@ -49,7 +49,7 @@ class TransportFactory(Protocol):
     ) -> Transport: ...
 
 
-TRANSPORTS = [pytest.param(GrpcioTransport, id="grpcio"), pytest.param(NativeTransport, id="native")]
+TRANSPORTS = [pytest.param(GrpcioTransport, id="grpcio"), pytest.param(AsyncioTransport, id="asyncio")]
 
 
 @dataclass

@@ -28,7 +28,7 @@ def test_by_default_only_what_the_chart_says() -> None:
         ("denied_status", {"blocked": 404}),
         ("routing_header", "x-queue"),
         ("unknown_tenant", "none"),
-        ("transport", "native"),
+        ("transport", "asyncio"),
     ],
 )
 def test_a_setting_arrives_as_it_was_written(name: str, value: Any) -> None:

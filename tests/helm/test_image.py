@@ -109,7 +109,7 @@ def test_size(image: Path) -> None:
 
 def test_it_can_do_what_the_settings_offer(image: Path) -> None:
     """The optional parts are in the image."""
-    environ = {"AUTHZ_OTLP_ENDPOINT": "http://127.0.0.1:4317", "AUTHZ_TRANSPORT": "native"}
+    environ = {"AUTHZ_OTLP_ENDPOINT": "http://127.0.0.1:4317", "AUTHZ_TRANSPORT": "asyncio"}
     command = [image / "bin" / "authz-server", "check-config"]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "OK\n"), done.stderr
