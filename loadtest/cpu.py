@@ -10,7 +10,7 @@ from statistics import median
 from loadtest.processes import Server, calls_per_second
 from loadtest.served import OURS
 
-ROUNDS = 3
+ROUNDS = 5
 CALLS = {"asyncio": 40_000}
 CALLS_OTHERWISE = 8_000
 

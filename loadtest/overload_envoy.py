@@ -1,9 +1,9 @@
 """Offered more than it can answer, through a real Envoy: `python -m loadtest.overload_envoy [TRANSPORT...]`.
 
 The server is held to a small share of a core, so that Envoy (one worker, 200 ms for each check) is not what saturates.
-Its peak through this Envoy, a closed loop, is the reference; then requests come at a steady rate of multiples of it, for
-SECONDS each (h2load, an open loop). Counted are those that Envoy let pass within 200 ms; it fails closed here, so that
-a check that was shed or came too late is a 403. At last the same as at the beginning, one second after the load.
+Its peak through this Envoy, a closed loop, is the reference; then requests come at a steady rate of multiples of it,
+for SECONDS each (h2load, an open loop). Counted are those that Envoy let pass within 200 ms; it fails closed here, so
+that a check that was shed or came too late is a 403. At last the same as at the beginning, a second after the load.
 """
 
 import re
@@ -58,21 +58,17 @@ def offer(url: str, per_second: float) -> tuple[float, float, float]:
 
 def main() -> None:
     """Print a table."""
-    print(
-        "| server | offered, of peak | made/s | passed in time/s | of peak | refused in time/s |\n|---|---|---|---|---|---|"
-    )
+    print("| server | offered, of peak | made/s | passed in time/s | of peak | refused in time/s |")
+    print("|---|---|---|---|---|---|")
     for transport in sys.argv[1:] or OURS:
         with Server(transport) as server:
             gateway = answering_gateway(("127.0.0.1", server.port), timeout_seconds=DEADLINE_SECONDS)
             with Envoy(gateway) as envoy, held_to(SHARE, server.pid):
-                best = peak(envoy.url, SECONDS)
+                best = max(peak(envoy.url, SECONDS), 1.0)
                 for multiple in MULTIPLES:
                     made, passed, refused = offer(envoy.url, best * multiple)
-                    print(
-                        f"| {transport} | {multiple}x of {best:.0f}/s | {made:.0f} | {passed:.0f} | {passed / best:.2f} "
-                        f"| {refused:.0f} |",
-                        flush=True,
-                    )
+                    figures = f"{made:.0f} | {passed:.0f} | {passed / best:.2f} | {refused:.0f}"
+                    print(f"| {transport} | {multiple}x of {best:.0f}/s | {figures} |", flush=True)
                 time.sleep(1)
                 after = peak(envoy.url, 2)
                 print(f"| {transport} | a second later | | {after:.0f} | {after / best:.2f} | |", flush=True)

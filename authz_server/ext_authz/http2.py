@@ -44,7 +44,7 @@ outside client's `tracestate` may be megabytes long, must not end in an RPC erro
 _MAX_HEAD_BYTES = 16 << 20
 """A head with all its CONTINUATION frames; Envoy's own limit is 8 MiB (`max_request_headers_kb`)."""
 _MAX_EARLY_HEADS = 1024
-"""Header blocks, no two alike, before the client acknowledged our settings. Envoy does that at once when it has them."""
+"""Header blocks, no two alike, before the client acknowledged our settings, as Envoy does at once."""
 STREAMS = 100
 """Stated to clients as SETTINGS_MAX_CONCURRENT_STREAMS, so that what is too much waits on their side, where it costs
 nothing here. Envoy opens another connection when it needs more. Not enforced: what was sent before the client heard of

@@ -1,62 +1,66 @@
 """What waits, in which order, and who has to go."""
 
-from authz_server.ext_authz.admission import MAX_WAITING, MIN_WAITING, Backlog, Call, Memory
+from authz_server.ext_authz.admission import MAX_WAITING, MIN_WAITING, Backlog, Memory
 
 
-def calls(*numbers: int) -> list[Call]:
-    return [(number, b"") for number in numbers]
+def numbers(groups: list[tuple[float, list[int]]]) -> list[int]:
+    return [number for _, calls in groups for number in calls]
 
 
 class TestBacklog:
     """Bounded; newest first in need; late ones are shed."""
 
     def test_oldest_first_while_there_is_time(self) -> None:
-        backlog = Backlog(0.1)
-        backlog.add(1.00, calls(1, 2, 3))
-        backlog.add(1.01, calls(4))
-        assert backlog.take(1.02, 2) == (calls(1, 2), [])
-        assert backlog.take(1.02, 2) == (calls(3), [])
-        assert round(backlog.waited, 3) == 0.02
-        assert backlog.take(1.02, 2) == (calls(4), [])
-        assert round(backlog.waited, 3) == 0.01
+        backlog: Backlog[int] = Backlog(0.1)
+        backlog.add(1.00, [1, 2, 3])
+        backlog.add(1.01, [4])
+        assert backlog.take(1.02, 2) == ([(1.00, [1, 2])], [])
+        assert backlog.take(1.02, 2) == ([(1.00, [3]), (1.01, [4])], [])
         assert backlog.take(1.02, 2) == ([], [])
         assert backlog.waiting == 0
 
     def test_newest_first_when_the_oldest_have_waited_for_half_of_their_time(self) -> None:
-        backlog = Backlog(0.1)
-        backlog.add(1.00, calls(1, 2))
-        backlog.add(1.04, calls(3, 4, 5))
-        assert backlog.take(1.06, 2) == (calls(3, 4), [])
-        assert backlog.take(1.06, 2) == (calls(5), [])
-        assert backlog.take(1.06, 2) == (calls(1, 2), [])
+        backlog: Backlog[int] = Backlog(0.1)
+        backlog.add(1.00, [1, 2])
+        backlog.add(1.04, [3, 4, 5])
+        assert backlog.take(1.06, 2) == ([(1.04, [3, 4])], [])
+        assert backlog.take(1.06, 2) == ([(1.04, [5]), (1.00, [1])], [])
+        assert backlog.take(1.06, 2) == ([(1.00, [2])], [])
 
     def test_what_has_waited_for_too_long_is_shed(self) -> None:
-        backlog = Backlog(0.1)
-        backlog.add(1.00, calls(1, 2))
-        backlog.add(1.05, calls(3))
-        assert backlog.take(1.11, 9) == (calls(3), calls(1, 2))
+        backlog: Backlog[int] = Backlog(0.1)
+        backlog.add(1.00, [1, 2])
+        backlog.add(1.05, [3])
+        assert backlog.take(1.11, 9) == ([(1.05, [3])], [1, 2])
         assert (backlog.waiting, backlog.shed) == (0, 2)
 
-    def test_full_is_what_can_be_decided_in_half_of_the_time(self) -> None:
-        backlog = Backlog(0.1)
-        for _ in range(100):
+    def test_there_is_room_for_what_can_be_decided_in_half_of_the_time(self) -> None:
+        backlog: Backlog[int] = Backlog(0.1)
+        for _ in range(200):
             backlog.note_pace(10, 10 * 0.0005)  # 0.05 s: 100 checks
-        backlog.add(1.0, calls(*range(99)))
-        assert not backlog.full
-        backlog.add(1.0, calls(99, 100))
-        assert backlog.full
+        backlog.add(1.0, list(range(98)))
+        assert backlog.room in (1, 2)
+        backlog.add(1.0, [98, 99, 100])
+        assert backlog.room == 0
         backlog.take(1.0, 50)
-        assert not backlog.full
+        assert backlog.room > 40
+
+    def test_a_process_that_is_stopped_now_and_then_knows_its_pace(self) -> None:
+        backlog: Backlog[int] = Backlog(0.1)
+        for _ in range(50):
+            backlog.note_pace(10, 0.0005)
+            backlog.note_pace(1, 0.0195)  # 11 calls in 20 ms
+        assert 0.001 < backlog.seconds_each < 0.003
 
     def test_the_limit_has_bounds_whatever_the_pace(self) -> None:
         for seconds, bound in ((0.0, MAX_WAITING), (1.0, MIN_WAITING)):
-            backlog = Backlog(0.1)
-            for _ in range(100):
+            backlog: Backlog[int] = Backlog(0.1)
+            for _ in range(300):
                 backlog.note_pace(1, seconds)
-            backlog.add(1.0, calls(*range(bound - 1)))
-            assert not backlog.full
-            backlog.add(1.0, calls(0))
-            assert backlog.full
+            backlog.add(1.0, list(range(bound - 1)))
+            assert backlog.room == 1
+            backlog.add(1.0, [0])
+            assert backlog.room == 0
 
 
 class TestMemory:
