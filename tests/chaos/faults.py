@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 from support.proxy import Passed, Proxy
 
-_LONGEST_LIFE = 40
+_LONGEST_LIFE = 60
 """Of a connection, in pieces of it."""
 
 

@@ -11,9 +11,10 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import grpc
@@ -67,7 +68,6 @@ class Acknowledged:
     change_id: str
     what: str
     durable: bool
-    result: WriteResult
 
 
 @dataclass
@@ -181,25 +181,22 @@ class Fleet:
                     raise
                 await asyncio.sleep(0.05)
 
-    async def write(self, subject: Subject, answer: str, *, durable: bool = False, settle: bool = True) -> Acknowledged:
-        """Have a subject answered so; return once the store has acknowledged it, and (`settle`) every server too.
+    async def write(
+        self, subject: Subject, answer: str, *, durable: bool = False, expires_at: int | None = None
+    ) -> None:
+        """Have a subject answered so; return once the store has acknowledged it, and every server too.
 
         Whoever does not get an answer sends the same change again.
         """
         self.model.widen(time.monotonic(), {subject: answer})
         durability = await self.insist(self.store.durability) if durable else None
-        change = await self.insist(lambda: _change(self.store, subject, answer))
+        change = await self.insist(lambda: _change(self.store, subject, answer, expires_at))
         result = await self.insist(lambda: self.store.apply(change))
         if durability:
             await self.store.make_durable(result, durability, seconds=5)
-        acknowledged = Acknowledged(change.change_id, f"{subject}: {answer}", durable, result)
-        self.acknowledged.append(acknowledged)
-        self.row.changes += 1
-        self.row.durable += durable
-        if settle:
-            await self.in_step(result.position)
-            self.model.settle(time.monotonic(), {subject: answer})
-        return acknowledged
+        self.note(change.change_id, f"{subject}: {answer}", durable=durable)
+        await self.in_step(result.position)
+        self.model.settle(time.monotonic(), {subject: answer})
 
     async def reload(self) -> None:
         """Have every server load in full, by a new epoch."""
@@ -212,9 +209,9 @@ class Fleet:
         result = await self.insist(attempt)
         await self.in_step(result.position)
 
-    def note(self, change_id: str, what: str, result: WriteResult, *, durable: bool = False) -> None:
-        """Take note of a change that somebody else wrote and that was acknowledged."""
-        self.acknowledged.append(Acknowledged(change_id, what, durable, result))
+    def note(self, change_id: str, what: str, *, durable: bool = False) -> None:
+        """Take note of a change that was acknowledged."""
+        self.acknowledged.append(Acknowledged(change_id, what, durable))
         self.row.changes += 1
         self.row.durable += durable
 
@@ -251,9 +248,9 @@ class Fleet:
         assert set(told.acknowledged) == set(self.servers), f"{self.row.scenario}: {position}: {told}"
 
     async def reported(self) -> None:
-        """Wait until the store knows of every server (again)."""
+        """Wait until the store knows of every server (again), as of one that is there."""
         deadline = time.monotonic() + SAYS_SECONDS
-        while {replica.name for replica in await self.store.replicas()} != set(self.servers):
+        while {each.name for each in await self.store.replicas() if not each.vanished} != set(self.servers):
             assert time.monotonic() < deadline, f"{self.row.scenario}: the store does not know of all servers"
             await asyncio.sleep(0.02)
 
@@ -335,6 +332,7 @@ async def running(
     directory: Path,
     address: RedisAddress,
     environs: Mapping[str, Mapping[str, str]],
+    within: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> AsyncIterator[Fleet]:
     """Make the policy that scenarios begin with, start a server for each environment, and check all the time."""
     store = RedisStore(address)
@@ -345,12 +343,13 @@ async def running(
         for name, environ in environs.items():
             (directory / name).mkdir(parents=True)
             fixed = {"AUTHZ_REPLICA_NAME": name, "AUTHZ_DECISION_LOG": "off"}
-            servers[name] = ServerProcess(directory / name, fixed | dict(environ))
+            servers[name] = ServerProcess(directory / name, fixed | dict(environ), within=within.get(name, ()))
         starting = [asyncio.to_thread(server.__enter__) for server in servers.values()]
         for told in await asyncio.gather(*starting, return_exceptions=True):
             if isinstance(told, BaseException):
                 raise told
         fleet = Fleet(row, servers, store)
+        await fleet.reported()
         await fleet.in_step(await store.position())
         fleet.model.settle(time.monotonic(), BEGIN)
         async with fleet.checking():
@@ -377,10 +376,13 @@ async def write_to(store: Store, subject: Subject, answer: str) -> WriteResult:
     return await store.apply(await _change(store, subject, answer))
 
 
-async def _change(store: Store, subject: Subject, answer: str) -> Change:
+async def _change(store: Store, subject: Subject, answer: str, expires_at: int | None = None) -> Change:
     key = record_of(subject)
     stored = await store.read(key)
-    write = Write(key, stored.text if stored else None, _record(subject, answer))
+    record = _record(subject, answer)
+    if isinstance(record, Entry):
+        record = replace(record, expires_at=expires_at)
+    write = Write(key, stored.text if stored else None, record)
     return Change(secrets.token_hex(8), (await store.position()).epoch, "chaos", "a scenario", "test", (write,))
 
 

@@ -49,6 +49,8 @@ class Model:
     wrong_in_all: int = 0
     exclusive: dict[Subject, tuple[str, str]] = field(default_factory=dict)
     """Of a subject, what no server may answer any more once any server has answered the other."""
+    first: dict[tuple[str, Subject, str], float] = field(default_factory=dict)
+    """When a server has first answered something about a subject."""
     _left: set[Subject] = field(default_factory=set)
     _eras: dict[Subject, list[_Era]] = field(default_factory=dict)
     _seen: dict[tuple[str, Subject], _Seen] = field(default_factory=dict)
@@ -71,6 +73,15 @@ class Model:
         for subject, answer in answers.items():
             self._begin(now, subject, self.answers(subject) | {answer})
 
+    def widen_all(self, now: float, subject: Subject, answers: set[str]) -> None:
+        """From now on all of these may be answered as well."""
+        self._begin(now, subject, self.answers(subject) | answers)
+
+    def exclude(self, subject: Subject, before: str, after: str) -> None:
+        """From now on, whoever first answers what comes after ends what was before, for all servers."""
+        self.exclusive[subject] = (before, after)
+        self._left.discard(subject)
+
     def _begin(self, now: float, subject: Subject, answers: frozenset[str]) -> None:
         eras = self._eras.setdefault(subject, [])
         if not eras or eras[-1].answers != answers:
@@ -79,6 +90,7 @@ class Model:
     def judge(self, server: str, subject: Subject, answer: str, started: float, ended: float) -> None:
         """Take note of an answer to a check that took from one moment to another."""
         self.checks += 1
+        self.first.setdefault((server, subject, answer), ended)
         eras = self._eras[subject]
         first = next((number for number in reversed(range(len(eras))) if eras[number].since <= started), 0)
         allowed = frozenset[str]().union(*(era.answers for era in eras[first:] if era.since <= ended))

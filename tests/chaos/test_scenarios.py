@@ -12,6 +12,8 @@ pytestmark = pytest.mark.integration
 @pytest.mark.parametrize("name", SCENARIOS)
 async def test_no_check_notices_and_nothing_is_lost_unseen(name: str, tmp_path: Path) -> None:
     row = await play(name, tmp_path, SHORT)
+    if row.skipped:
+        pytest.skip(row.skipped)
     assert row.problems == []
     assert (row.failed, row.wrong, row.reported) == (0, 0, row.lost)
     assert row.checks > 100

@@ -7,7 +7,7 @@ import signal
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
@@ -28,11 +28,12 @@ _SECONDS = 20.0
 class ServerProcess:
     """One server process on free ports; stopped at the end of the `with` block."""
 
-    def __init__(self, directory: Path, environ: Mapping[str, str]) -> None:
+    def __init__(self, directory: Path, environ: Mapping[str, str], *, within: Sequence[str] = ()) -> None:
+        """`within` are the words of a command that becomes the server, such as `unshare`."""
         defaults = {"AUTHZ_LISTEN": "127.0.0.1:0", "AUTHZ_ADMIN_LISTEN": "127.0.0.1:0", "AUTHZ_DRAIN_SECONDS": "0"}
         self.child = Child(
             "authz-server",
-            [sys.executable, "-m", "authz_server.cli.authz_server", "serve"],
+            [*within, sys.executable, "-m", "authz_server.cli.authz_server", "serve"],
             log_path=directory / "authz-server.log",
             env={"PATH": os.environ["PATH"]} | defaults | dict(environ),
         )

@@ -65,8 +65,8 @@ class Proxy:
                 for pump in pumps:
                     pump.cancel()
                 await asyncio.gather(*pumps, return_exceptions=True)
-        except ConnectionError:
-            pass  # nobody is there: as if the connection had been refused
+        except (ConnectionError, asyncio.CancelledError):
+            pass  # nobody is there, as if the connection had been refused; or the proxy ends
         finally:
             for end in ends:
                 end.close()
