@@ -45,6 +45,7 @@ chaos: $(READY) ## Let everything happen to the store under continuous checks (m
 bench: $(READY) ## Measure (minutes; needs h2load and wrk): the match table, a check, the transport; loadtest/NOTES.md
 	$(BIN)/python -m loadtest.match_table
 	$(BIN)/python -m loadtest.tight_loop
+	$(BIN)/python -m loadtest.observing
 	$(BIN)/python -m loadtest.memory
 	$(BIN)/python -m loadtest.reload
 	for part in cpu overload hostile resets drain; do $(BIN)/python -m loadtest.$$part grpcio || exit 1; done
