@@ -77,6 +77,30 @@ class NamedList:
     owner: str = ""
 
 
+class ListMatch(NamedTuple):
+    """The entry that decided within a scope, as far as a decision knows it, and the list that holds it."""
+
+    list_name: str
+    network: Network
+    expires_at: int | None = None
+    """Seconds since the Unix epoch; None: it never expires."""
+
+
+class ScopeOutcome(NamedTuple):
+    """What one scope says of an address."""
+
+    scope: str
+    enforcement: Enforcement
+    reason: Reason
+    """ALLOWED, ALLOWLISTED, BLOCKED or NOT_ALLOWLISTED."""
+    match: ListMatch | None = None
+
+    @property
+    def denies(self) -> bool:
+        """Whether the scope, were it alone and enforced, would deny."""
+        return self.reason in (Reason.BLOCKED, Reason.NOT_ALLOWLISTED)
+
+
 @dataclass(frozen=True, slots=True)
 class Scope:
     """Where lists apply: `global`, `tenant:<id>` or `resource:<name>`."""
@@ -91,14 +115,18 @@ class Scope:
 
     lists: Mapping[Side, tuple[str, ...]] = field(init=False, repr=False, compare=False)
     """The names of the lists on each side, the scope's own first."""
+    unmatched: ScopeOutcome = field(init=False, repr=False, compare=False)
+    """What the scope says of an address that none of its lists holds."""
 
     def __post_init__(self) -> None:
-        """Name the lists once: every check asks for them."""
+        """Name the lists once, and say once what nearly every check is told."""
         lists = {
             Side.ALLOW: (own_list(self.name, Side.ALLOW), *self.allow_lists),
             Side.BLOCK: (own_list(self.name, Side.BLOCK), *self.block_lists),
         }
         object.__setattr__(self, "lists", lists)
+        reason = Reason.NOT_ALLOWLISTED if self.mode is Mode.RESTRICTED else _ALLOWED
+        object.__setattr__(self, "unmatched", ScopeOutcome(self.name, self.enforcement, reason))
 
 
 def own_list(scope_name: str, side: Side) -> str:
@@ -150,30 +178,6 @@ def normalize_host(host: str) -> str:
     return (name.lower() if name.isascii() else name.translate(_ASCII_LOWER)).rstrip(".")
 
 
-class ListMatch(NamedTuple):
-    """The entry that decided within a scope, as far as a decision knows it, and the list that holds it."""
-
-    list_name: str
-    network: Network
-    expires_at: int | None = None
-    """Seconds since the Unix epoch; None: it never expires."""
-
-
-class ScopeOutcome(NamedTuple):
-    """What one scope says of an address."""
-
-    scope: str
-    enforcement: Enforcement
-    reason: Reason
-    """ALLOWED, ALLOWLISTED, BLOCKED or NOT_ALLOWLISTED."""
-    match: ListMatch | None = None
-
-    @property
-    def denies(self) -> bool:
-        """Whether the scope, were it alone and enforced, would deny."""
-        return self.reason in (Reason.BLOCKED, Reason.NOT_ALLOWLISTED)
-
-
 def judge(scope: Scope, tables: Mapping[str, NetworkTable], address: Address, now: float) -> ScopeOutcome:
     """Say what a scope makes of an address at `now` (seconds since the Unix epoch)."""
     allow = _longest_match(scope.lists[_ALLOW], tables, address, now)
@@ -182,8 +186,7 @@ def judge(scope: Scope, tables: Mapping[str, NetworkTable], address: Address, no
         return ScopeOutcome(scope.name, scope.enforcement, Reason.BLOCKED, _list_match(address, block))
     if allow:
         return ScopeOutcome(scope.name, scope.enforcement, Reason.ALLOWLISTED, _list_match(address, allow))
-    reason = Reason.NOT_ALLOWLISTED if scope.mode is Mode.RESTRICTED else _ALLOWED
-    return ScopeOutcome(scope.name, scope.enforcement, reason)
+    return scope.unmatched
 
 
 def judge_without_record(

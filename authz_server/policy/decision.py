@@ -140,6 +140,8 @@ def _judge_tenant(tenant_id: str, snapshot: Snapshot, address: Address, now: flo
 
 def _guarding(host: str, path: RequestPath, snapshot: Snapshot) -> list[Scope]:
     """Return the scopes of the resources that a request may be for, by name."""
+    if not snapshot.guarded_resources:
+        return []
     fold_case, names = snapshot.options.fold_path_case, snapshot.guarded_names
     if names is not None and not path.may_begin_with(names, fold_case=fold_case):
         return []  # so it is with most requests, however many resources there are
