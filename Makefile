@@ -48,7 +48,9 @@ bench: $(READY) ## Measure (minutes; needs h2load and wrk): the match table, a c
 	$(BIN)/python -m loadtest.observing
 	$(BIN)/python -m loadtest.memory
 	$(BIN)/python -m loadtest.reload
-	for part in cpu overload hostile resets drain; do $(BIN)/python -m loadtest.$$part grpcio || exit 1; done
+	for part in cpu through_envoy overload overload_envoy hostile resets drain; do \
+		$(BIN)/python -m loadtest.$$part || exit 1; \
+	done
 	$(BIN)/python -m loadtest.followers
 	$(BIN)/python -m loadtest.importing
 
