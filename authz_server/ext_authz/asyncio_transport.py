@@ -227,6 +227,22 @@ class AsyncioTransport:
 
     def _work(self) -> None:
         """Decide about some of the checks that wait, and come back for the others when sockets were looked at."""
+        taken = 0
+        try:
+            taken = self._decide()
+        finally:  # whatever happens: else no check would ever be decided again
+            backlog, now = self._backlog, time.monotonic()
+            if taken and self._worked_since is not None:
+                backlog.note_pace(taken, now - self._worked_since)
+            if backlog.waiting:
+                self._worked_since = now
+                self._loop.call_soon(self._work)
+            else:
+                self._worked_since = None
+                self._working = False
+
+    def _decide(self) -> int:
+        """Decide about a slice of the checks that wait, answer them, and return how many they were."""
         backlog, check = self._backlog, self._checker.check
         now = time.monotonic()
         # In need the sockets are looked at less often: what a look costs is shared by more calls then.
@@ -256,15 +272,7 @@ class AsyncioTransport:
                     connection.answer(stream, answer)
         for connection in touched:
             self.flush(connection)
-        now = time.monotonic()
-        if taken and self._worked_since is not None:
-            backlog.note_pace(taken, now - self._worked_since)
-        if backlog.waiting:
-            self._worked_since = now
-            self._loop.call_soon(self._work)
-        else:
-            self._worked_since = None
-            self._working = False
+        return taken
 
     def flush(self, connection: Connection) -> None:
         """Send what a connection has to say."""

@@ -388,11 +388,6 @@ class Connection:
         oldest += [unsent.since for unsent in self._unsent.values()][:1]
         return min(oldest, default=None)
 
-    @property
-    def unfinished_bytes(self) -> int:
-        """What unfinished messages have reserved."""
-        return sum(opened.reserved for opened in self._open.values())
-
     def rest(self) -> None:
         """Forgive the frames that brought no call, once in a while."""
         self._idle_frames = 0
@@ -475,7 +470,8 @@ class Connection:
                 known = self._known
                 if call is not None:
                     if len(arrived) >= backlog.room:
-                        self._shed(stream, ended=True)
+                        self._shed(stream, ended=stream not in self._unended)
+                        self._forget(stream)
                     else:
                         waiting.add(stream)
                         arrived.append((self, stream, *call))

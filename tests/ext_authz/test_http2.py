@@ -437,6 +437,18 @@ class TestHostile:
         assert line.others.calls[health][2] == "ended"
         assert line.backlog.shed == 2
 
+    def test_a_message_that_is_cut_off_when_there_is_no_room_is_shed_and_forgotten(self) -> None:
+        line = Line()
+        stream = line.call(None)
+        line.carry()
+        line.backlog.room = 0
+        line.client.send_data(stream, message(bytes(4 * LIMIT))[:16384])
+        line.carry()
+        assert line.answers() == {stream: (b"14", b"")}
+        assert line.told_to_stop() == [stream]
+        assert (line.connection.unanswered, line.memory.reserved) == (0, 0)
+        assert not line.connection._unended
+
     def test_one_connection_has_a_bounded_number_of_unanswered_calls(self) -> None:
         line = Line()
         line.carry()
