@@ -131,6 +131,7 @@ async def test_unreadable_records_and_what_suffers_by_them_are_named() -> None:
     ("query", "shown"),
     [
         ("address=198.51.100.77", "DENIED blocked"),
+        ("address=198.51.100.77", "global blocked by 198.51.100.0/24 in global/block"),
         ("address=198.51.100.77", "by 198.51.100.0/24 in global/block"),
         ("address=203.0.113.7&path=/x&tenant=acme", "ALLOWED allowed"),
         ("address=203.0.113.7&path=/x&tenant=acme", "tenant acme"),

@@ -1,11 +1,15 @@
 """istio/*.yaml: what the mesh is told, switchable part by part; and the same as the manifests of istio/."""
 
+import shlex
 from typing import Any
 
 import pytest
 import yaml
 from support.helm import CI, Object, render, render_file
 from support.manifests import ISTIO, read
+from typer.testing import CliRunner
+
+from authz_server.cli import authzctl
 
 POLICY = {"istio": {"customPolicy": {"enabled": True}}}
 
@@ -233,6 +237,20 @@ class TestNotes:
         opened = render({"settings": settings, "istio": {"provider": {"failOpen": True}}}).notes
         assert "once Redis has been away for 3600 seconds" in opened
         assert "Redis has been away" not in render({"settings": settings}).notes
+
+    def test_a_new_topology_needs_new_gateways(self) -> None:
+        assert "restart the gateways" in render_file(CI["proxy-protocol"]).notes
+        assert "restart the gateways" not in render().notes
+
+    @pytest.mark.parametrize("name", ["evaluation", "redis-tls-acl", "redis-cluster"])
+    def test_how_the_lists_are_changed(self, name: str) -> None:
+        """A command that exists; from a pod only where the server's user may write."""
+        notes = render_file(CI[name]).notes
+        (line,) = [line for line in notes.splitlines() if "block add" in line]
+        before, _, words = line.partition("authzctl ")
+        assert CliRunner().invoke(authzctl.app, [*shlex.split(words), "--help"]).exit_code == 0
+        assert ("exec deployment/" in before) is (name == "evaluation")
+        assert ("authz-admin" in notes) is (name == "redis-tls-acl")
 
     def test_headers_that_nobody_strips(self) -> None:
         notes = render({"istio": {"stripHeaders": {"enabled": False}}}).notes
