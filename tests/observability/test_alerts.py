@@ -82,6 +82,7 @@ CASES: dict[str, list[dict[str, str]]] = {
         {"series": DENIED % "blocked", "values": "0+60x22 1320+6000x7 43320+60x120"},
     ],
     "AuthzServerSlow": slow("authz_check_seconds"),
+    "AuthzServerQueueing": slow("authz_queue_seconds"),
     "AuthzServerChangesSpreadSlowly": slow("authz_propagation_seconds"),
     "AuthzServerDecisionsNotLogged": [counter(f"authz_decision_log_dropped_total{{{POD}}}", 60)],
 }
