@@ -27,7 +27,6 @@ def read_check_request(data: bytes, tenant_headers: AbstractSet[str], *, wants_p
     Args:
         data: the message as it came from the wire.
         tenant_headers: the names, in lower case, of the headers that name a tenant.
-        wants_peer: whether to read the peer's address, which most settings have no use for.
 
     Raises:
         BadCheckRequestError: the bytes cannot be decoded, or are not about an HTTP request.
@@ -52,7 +51,7 @@ def read_check_request(data: bytes, tenant_headers: AbstractSet[str], *, wants_p
         http.host,
         http.path,
         # Unix sockets and Envoy's internal listeners are addresses of other kinds, whose socket_address is unset.
-        attributes.source.address.socket_address.address or None if wants_peer else None,
+        attributes.source.address.socket_address.address or None,
         header(EXTERNAL_ADDRESS_HEADER),
         {name: value for name in tenant_headers if (value := header(name)) is not None},
         header(REQUEST_ID_HEADER, ""),

@@ -74,7 +74,6 @@ class Checker:
         self._options: DecisionOptions | None = None
         """What `_read_headers` was made from: the same object in one snapshot after the other."""
         self._read_headers = kept_headers
-        self._wants_peer = False
         # Written beforehand, so that nothing of a request can make this answer fail too.
         self._internal_error = Denied(Reason.INTERNAL_ERROR)
         self._internal_error_answer = self._writer.write(self._internal_error, request_id="", revision=0)
@@ -111,7 +110,6 @@ class Checker:
         snapshot = self._current()
         if snapshot is not None and snapshot.options is not self._options:
             self._options = snapshot.options
-            self._wants_peer = snapshot.options.reads_peer
             self._read_headers = self._kept_headers | {
                 source.name for source in snapshot.options.tenant_sources if source.kind is SourceKind.HEADER
             }
@@ -122,7 +120,7 @@ class Checker:
             decision = Denied(Reason.REQUEST_TOO_LARGE)
         else:
             try:
-                attributes = read_check_request(data, self._read_headers, wants_peer=self._wants_peer)
+                attributes = read_check_request(data, self._read_headers)
             except BadCheckRequestError:
                 decision = Denied(Reason.BAD_REQUEST)
             else:
