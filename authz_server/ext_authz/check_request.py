@@ -19,7 +19,7 @@ class BadCheckRequestError(ValueError):
     """The bytes are not a check request about an HTTP request."""
 
 
-def read_check_request(data: bytes, tenant_headers: AbstractSet[str], *, wants_peer: bool = True) -> RequestAttributes:
+def read_check_request(data: bytes, tenant_headers: AbstractSet[str]) -> RequestAttributes:
     """Read a check request, keeping of its headers only ours and those that name a tenant.
 
     Nothing is judged here: an address or a tenant that makes no sense is handed on as it came.

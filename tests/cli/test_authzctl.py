@@ -109,7 +109,7 @@ def test_the_json_of_a_write_has_stable_keys(policy: str) -> None:
     shown = write("allow", "add", "203.0.113.7", "--expires", "2099-12-31T00:00:00Z", "-o", "json").json
     assert set(shown) == {
         "action", "changed", "repeated", "epoch", "revision", "change_id", "actor", "reason", "records", "notes",
-        "servers",
+        "servers", "difference",
     }  # fmt: skip
     assert (shown["action"], shown["revision"], shown["actor"], shown["reason"]) == ("allow.add", 2, "alice", "a test")
     (record,) = shown["records"]

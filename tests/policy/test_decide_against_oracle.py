@@ -72,7 +72,7 @@ FAULTS = {
     "named-lists-ignored": ("access", "*self.allow_lists)", ")"),
     "only-the-first-list-searched": ("access", "if best and prefix_length <= best[0]", "if best"),
     "of-equal-entries-the-last-list": ("access", "prefix_length <= best[0]", "prefix_length < best[0]"),
-    "restricted-taken-for-open": ("access", "if scope.mode is Mode.RESTRICTED", "if scope.mode is None"),
+    "restricted-taken-for-open": ("access", "if self.mode is Mode.RESTRICTED", "if self.mode is None"),
     "wider-networks-missed": ("networks", "row = parents[row]", "row = 0"),
     "narrowest-network-missed": (
         "networks",
