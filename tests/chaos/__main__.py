@@ -22,7 +22,7 @@ def main(names: list[str]) -> int:
     """Play the scenarios named, or all of them."""
     if unknown := [name for name in names if name not in SCENARIOS]:
         sys.exit(f"no such scenario: {', '.join(unknown)}; there are {', '.join(SCENARIOS)}")
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     table = Table("scenario")
     for column in _COLUMNS:
         table.add_column(column, justify="right")

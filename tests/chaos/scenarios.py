@@ -158,12 +158,12 @@ async def older_copy(play: Play) -> None:
     with Valkey() as valkey:
         async with play.fleet_on(valkey) as fleet:
             for _ in range(play.scale.rounds):
-                for more in (0, 3, 5) if play.scale is LONG else (3,):
+                for more in (0, 3, 5) if play.scale is LONG else (3, 5):
                     await fleet.write(ADDRESSES[1], toggled(fleet, ADDRESSES[1]))
                     call(valkey.port, "SAVE")
                     copy = shutil.copy(valkey.directory / "dump.rdb", play.directory / "copy.rdb")
                     kept = settled(fleet)
-                    for subject in (ADDRESSES[1], ADDRESSES[2], TENANTS[0]):
+                    for subject in TENANTS[:3]:  # moves, so that the number of records gives nothing away
                         await fleet.write(subject, toggled(fleet, subject))
                     await asyncio.to_thread(valkey.kill)
                     fleet.model.widen(time.monotonic(), kept)
@@ -184,9 +184,9 @@ async def _write_into_copy(copy: Path, fleet: Fleet, changes: int) -> None:
         store = RedisStore(other.url)
         try:
             for number in range(changes):
-                answer = (BLOCKED, ALLOWED)[number % 2]
-                fleet.model.widen(time.monotonic(), {ADDRESSES[5]: answer})
-                await write_to(store, ADDRESSES[5], answer)
+                answer = INSTANCES[number % len(INSTANCES)]
+                fleet.model.widen(time.monotonic(), {TENANTS[3]: answer})
+                await write_to(store, TENANTS[3], answer)
         finally:
             await store.close()
         call(other.port, "SAVE")
