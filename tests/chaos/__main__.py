@@ -15,7 +15,7 @@ from rich.table import Table
 from chaos.fleet import Row
 from chaos.scenarios import LONG, SCENARIOS, play, title
 
-_COLUMNS = ("checks", "failed", "wrong", "changes", "durable", "lost", "reported", "healed in s")
+_COLUMNS = ("checks", "failed", "wrong", "changes", "durable", "lost", "reported", "heals in s")
 
 
 def main(names: list[str]) -> int:
@@ -25,7 +25,7 @@ def main(names: list[str]) -> int:
     console = Console(width=None if sys.stdout.isatty() else 120)
     table = Table("scenario")
     for column in _COLUMNS:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     rows = []
     for name in names or SCENARIOS:
         console.print(f"[bold]{name}[/]: {escape(title(name))}", highlight=False)
@@ -40,7 +40,7 @@ def main(names: list[str]) -> int:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    healed = f"{min(row.heal_seconds):.1f} to {max(row.heal_seconds):.1f}" if row.heal_seconds else row.skipped
+    healed = f"{min(row.heal_seconds):.1f}-{max(row.heal_seconds):.1f}" if row.heal_seconds else row.skipped
     numbers = (row.checks, row.failed, row.wrong, row.changes, row.durable, row.lost, row.reported)
     return (row.scenario, *(f"{number:,}" for number in numbers), healed)
 

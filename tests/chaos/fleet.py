@@ -275,17 +275,16 @@ class Fleet:
         records = dict(policy.records)
         return {subject: _answer(subject, records.get(record_of(subject))) for subject in self.model.subjects}
 
-    async def heal(self, *, may_lose_durable: bool = False) -> float:
+    async def heal(self, *, since: float | None = None, may_lose_durable: bool = False) -> None:
         """The fault is over: wait until nothing shows of it, and see that nothing was lost unseen.
 
-        Returns how many seconds that took, from now on.
+        The time that it takes counts from `since` (seconds of time.monotonic), or from now.
         """
-        began = time.monotonic()
+        began = time.monotonic() if since is None else since
         position = await self.insist(self.store.position)
         await self.in_step(position)
         await self.until_all(_is_sound, "the store is there and sound")
-        seconds = time.monotonic() - began
-        self.row.heal_seconds.append(seconds)
+        self.row.heal_seconds.append(time.monotonic() - began)
         truth = await self.insist(self.truth)
         for subject, answer in truth.items():
             if answer not in self.model.answers(subject):
@@ -294,7 +293,6 @@ class Fleet:
         await self.round_of_checks()
         await self._see_lost(may_lose_durable=may_lose_durable)
         await self._see_equal()
-        return seconds
 
     async def _see_lost(self, *, may_lose_durable: bool) -> None:
         kept = []

@@ -134,8 +134,9 @@ async def append_only(play: Play) -> None:
                 await asyncio.to_thread(valkey.kill)
                 await fleet.says_so()
                 await asyncio.sleep(play.scale.seconds)
+                started = time.monotonic()
                 await asyncio.to_thread(valkey.start)
-                await fleet.heal()
+                await fleet.heal(since=started)
                 play.must(play.row.lost == before, "nothing is lost with the process alone")
 
                 await fleet.write(ADDRESSES[2], toggled(fleet, ADDRESSES[2]), durable=True)
@@ -148,8 +149,9 @@ async def append_only(play: Play) -> None:
                 with end.open("r+b") as file:
                     file.truncate(synced + 40)  # in the midst of a command
                 fleet.model.widen(time.monotonic(), kept)
+                started = time.monotonic()
                 await asyncio.to_thread(valkey.start)
-                await fleet.heal()
+                await fleet.heal(since=started)
                 play.must(play.row.lost == before + 2, "what was not durable is lost with the end of the file")
 
 
@@ -170,8 +172,9 @@ async def older_copy(play: Play) -> None:
                     await _write_into_copy(Path(copy), fleet, more)
                     shutil.copy(copy, valkey.directory / "dump.rdb")
                     before = play.row.lost
+                    started = time.monotonic()
                     await asyncio.to_thread(valkey.start)
-                    await fleet.heal(may_lose_durable=True)
+                    await fleet.heal(since=started, may_lose_durable=True)
                     play.must(play.row.lost == before + 3, "what was changed since the copy is lost")
 
 
@@ -207,8 +210,9 @@ async def stopped(play: Play) -> None:
                     play.must(not writing.done(), "nothing is acknowledged meanwhile")
                 finally:
                     valkey.resume()
+                resumed = time.monotonic()
                 await writing
-                await fleet.heal()
+                await fleet.heal(since=resumed)
                 play.must(not play.row.lost, "nothing is lost")
 
 
@@ -289,11 +293,12 @@ async def _fail_over(play: Play, fleet: Fleet, primary: Valkey, replica: Valkey,
         call(primary.port, "CLIENT", "KILL", "TYPE", "replica")
         await fleet.write(TENANTS[0], toggled(fleet, TENANTS[0]))
         fleet.model.widen(time.monotonic(), kept)
+    killed = time.monotonic()
     await asyncio.to_thread(primary.kill)
     if loses:
         replica.resume()
     await fleet.write(TENANTS[1], toggled(fleet, TENANTS[1]))
-    await fleet.heal()
+    await fleet.heal(since=killed)
     play.must(play.row.lost == before + loses, "what was not copied is lost, and nothing else")
 
 
