@@ -179,7 +179,8 @@ class Reporter:
             self._tell(str(error) if isinstance(error, StoreError) else f"internal error: {error!r}")
             return False
         self._tell("")
-        if (now := time.monotonic()) - self._looked_at >= _LOOK_SECONDS:
+        # Not before we have a policy: until then we would count ourselves among those that are behind.
+        if self._position and (now := time.monotonic()) - self._looked_at >= _LOOK_SECONDS:
             self._looked_at = now
             self.registry = await self._look()
         return True

@@ -18,7 +18,15 @@ from authz_server.demo.valkey import Valkey
 from authz_server.policy.affinity import Instance
 from authz_server.policy.records import RecordKey, entry_key, record_key
 from authz_server.replicas import Reporter
-from authz_server.store.interface import Change, Position, Replica, Report, StoreUnavailableError, Write
+from authz_server.store.interface import (
+    Change,
+    InconsistentStateError,
+    Position,
+    Replica,
+    Report,
+    StoreUnavailableError,
+    Write,
+)
 from authz_server.store.memory_store import MemoryStore
 from authz_server.store.redis_store import RedisStore
 
@@ -132,6 +140,36 @@ async def test_a_forgotten_server_that_runs_comes_back(store: Counting, monkeypa
         await reporter.announced(at_most_seconds=5)
         await store.forget("a")
         await eventually(lambda: positions(store) == {"a": None})
+
+
+async def test_a_server_knows_of_all_once_it_has_a_policy_and_while_the_store_is_there(store: Counting) -> None:
+    position = (await store.init(actor="a", reason="r", change_id="c")).position
+    await store.report(Report("b", "p2", 1.0, None), take_over=True)
+    async with reporting(store) as reporter:
+        await reporter.announced(at_most_seconds=5)
+        assert reporter.registry is None, "it would find itself behind"
+        reporter.applied(position)
+        await eventually(lambda: reporter.registry is not None)
+        registry = reporter.registry
+        assert registry
+        assert {one.name: registry.is_newest(one) for one in registry.replicas} == {"a": True, "b": False}
+        assert [one.name for one in registry.replicas if registry.is_behind(one)] == ["b"]
+        store.available = False
+        reporter.again()
+        await eventually(lambda: reporter.registry is None)
+
+
+async def test_a_store_that_is_not_sound_gets_reports_all_the_same() -> None:
+    class Unsound(Counting):
+        async def position(self) -> Position:
+            raise InconsistentStateError("its counts do not fit")
+
+    store = Unsound()
+    problems: list[str] = []
+    async with reporting(store, problems=problems) as reporter:
+        reporter.applied(at(1))
+        await eventually(lambda: positions(store) == {"a": at(1)})
+        assert (reporter.registry, problems) == (None, [""])
 
 
 async def test_a_store_that_came_back_empty_is_told_at_once(store: Counting) -> None:

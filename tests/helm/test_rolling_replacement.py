@@ -44,8 +44,8 @@ class Times:
     settings: dict[str, Any]
 
     @classmethod
-    def of_the_chart(cls) -> "Times":
-        found = render()
+    def of_the_chart(cls, transport: str = "auto") -> "Times":
+        found = render({"settings": {"transport": transport}})
         values = yaml.safe_load((CHART / "values.yaml").read_text())
         return cls(
             values["drain"]["endpointPropagationSeconds"] * SHORTENED,
@@ -163,8 +163,9 @@ def replace_all(times: Times, redis_url: str, directory: Path) -> tuple[Load, in
         return load, envoy.stats("http.gateway.ext_authz.error")["http.gateway.ext_authz.error"], exit_codes
 
 
-def test_no_request_fails(own_valkey: Valkey, tmp_path: Path) -> None:
-    load, errors, exit_codes = replace_all(Times.of_the_chart(), own_valkey.url, tmp_path)
+@pytest.mark.parametrize("transport", ["asyncio", "grpcio"])
+def test_no_request_fails(transport: str, own_valkey: Valkey, tmp_path: Path) -> None:
+    load, errors, exit_codes = replace_all(Times.of_the_chart(transport), own_valkey.url, tmp_path)
     assert load.requests > FEWEST_REQUESTS
     assert (load.failed, errors) == (0, 0), f"of {load.requests} requests"
     assert exit_codes == [0, 0, 0]

@@ -21,6 +21,7 @@ from authz_server.demo.valkey import Valkey
 from authz_server.policy.affinity import Instance, Tenant
 from authz_server.policy.snapshot import DecisionOptions, build_snapshot
 from authz_server.refresher import LostChanges, Refresher
+from authz_server.replicas import Registry
 from authz_server.store.address import RedisAddress, RedisTls
 from authz_server.store.interface import (
     NotDurableError,
@@ -124,6 +125,8 @@ async def test_the_product_runs_under_its_users_and_nothing_is_refused(guarded: 
         report = Report("pod-a", "p1", 1.0, await server.position())
         assert await server.report(report, take_over=True)
         assert [one.report for one in await admin.replicas()] == [report]
+        registry = await Registry.read(server)
+        assert [registry.is_newest(one) for one in registry.replicas] == [True]
         assert await server.forget("pod-a")
         examined = await admin.examine()
         assert examined.sound
