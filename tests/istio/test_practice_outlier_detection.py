@@ -25,7 +25,7 @@ SECONDS = 0.6
 """How long the first ejection takes here; in the manifest 30 s."""
 
 
-def shortened(host: str = WEB, settings: Mapping[str, int] = MappingProxyType({})) -> Composition:
+def shortened(host: str = WEB, settings: Mapping[str, int | str] = MappingProxyType({})) -> Composition:
     """The manifest with its two times shortened and all else as it is, unless said otherwise."""
     whole = compose("outlier-detection")
     rule = whole.one("DestinationRule", "web")
@@ -116,23 +116,19 @@ def test_a_pod_that_is_gone_and_still_listed_is_ejected_and_costs_no_request(lau
 
 
 @pytest.mark.parametrize(
-    ("settings", "statuses", "away"),
+    ("settings", "then", "away"),
     [
-        pytest.param({}, [500] * 12, 0, id="the_manifests_half_never_ejects_it"),
-        pytest.param(
-            {"maxEjectionPercent": 100, "minHealthPercent": 0},
-            [500] * ERRORS + [503] * (12 - ERRORS),
-            1,
-            id="all_and_no_panic_answers_503",
-        ),
-        pytest.param({"maxEjectionPercent": 100}, [500] * 12, 1, id="all_with_the_manifests_panic_goes_on_asking_it"),
+        pytest.param({}, 500, 0, id="the_manifests_half_never_ejects_it"),
+        pytest.param({"maxEjectionPercent": 100, "minHealthPercent": 0}, 503, 1, id="all_and_no_panic_answers_503"),
+        pytest.param({"maxEjectionPercent": 100}, 500, 1, id="all_with_the_manifests_panic_goes_on_asking_it"),
     ],
 )
-def test_one_host_subsets(
-    launcher: Launcher, pods: Pods, settings: dict[str, int], statuses: list[int], away: int
-) -> None:
+def test_one_host_subsets(launcher: Launcher, pods: Pods, settings: dict[str, int | str], then: int, away: int) -> None:
     """As README.md, "Outlier detection and one-host subsets", says; `settings` differ from the manifest's."""
-    envoy = launcher.sidecar(shortened(QUEUE, settings), pods.queue("queue-1"))
+    envoy = launcher.sidecar(shortened(QUEUE, {"baseEjectionTime": "30s", **settings}), pods.queue("queue-1"))
     pods.failing.add("queue-1")
-    assert [answer(envoy, QUEUE)[0] for _ in range(12)] == statuses
+    assert [answer(envoy, QUEUE)[0] for _ in range(ERRORS)] == [500] * ERRORS
+    # The worker that met the errors leaves the ejection to another thread: a request in between may reach the pod.
+    wait_until(lambda: ejected(envoy, QUEUE) == away)
+    assert [answer(envoy, QUEUE)[0] for _ in range(7)] == [then] * 7
     assert ejected(envoy, QUEUE) == away
