@@ -34,7 +34,7 @@ UNAVAILABLE = 14
 HEAD_BYTES = 9
 MAX_FRAME_BYTES = 16384
 """SETTINGS_MAX_FRAME_SIZE as it is unless stated otherwise (section 6.5.2); we state no other, and send none longer."""
-MAX_WINDOW = (1 << 31) - 1
+MAX_STREAM = MAX_WINDOW = (1 << 31) - 1
 _DEFAULT_WINDOW = 65535
 _CONNECTION_WINDOW = 16 << 20
 """Bytes of messages that a client may send ahead of our reading. What of it is kept is another matter: see Memory."""
@@ -84,7 +84,7 @@ def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
     return len(payload).to_bytes(3, "big") + bytes((kind, flags)) + stream.to_bytes(4, "big") + payload
 
 
-def goaway(code: int, last_stream: int = MAX_WINDOW) -> bytes:
+def goaway(code: int, last_stream: int = MAX_STREAM) -> bytes:
     """Write a GOAWAY frame (section 6.8)."""
     return frame(GOAWAY, 0, 0, last_stream.to_bytes(4, "big") + code.to_bytes(4, "big"))
 
@@ -436,7 +436,7 @@ class Connection:
                     kind == HEADERS
                     and flags == END_HEADERS
                     and size - stop >= HEAD_BYTES + 5
-                    and stream > self.last_stream
+                    and self.last_stream < stream <= MAX_STREAM
                     and stream & 1
                     and self._collecting is None
                     and (head := known.get(buffer[at + HEAD_BYTES : stop])) is not None
@@ -571,7 +571,7 @@ class Connection:
         payload = _without_padding(flags, payload)
         if flags & PRIORITY_FLAG:
             payload = payload[5:]
-        if stream & 1 == 0 or stream >> 31:
+        if stream & 1 == 0 or stream > MAX_STREAM:
             raise ClientError(PROTOCOL_ERROR, f"a call on stream {stream}")
         if not flags & END_HEADERS:
             self._collecting, self._collecting_since = (stream, flags), self._clock()

@@ -495,6 +495,14 @@ def connection() -> Connection:
         pytest.param(b"GET / HTTP/1.1\r\n", "not HTTP/2", id="HTTP/1.1"),
         pytest.param(GREETING + b"\x00\x40\x01" + bytes(6), "a frame of 16385 bytes", id="frame too long"),
         pytest.param(GREETING + frame(HEADERS, END_HEADERS, 2, BLOCK), "stream 2", id="even stream"),
+        pytest.param(
+            GREETING
+            + frame(HEADERS, END_HEADERS | END_STREAM, 1, BLOCK)  # known from here on
+            + frame(HEADERS, END_HEADERS, 1 << 31 | 3, BLOCK)
+            + frame(DATA, END_STREAM, 1 << 31 | 3, message(b"request")),
+            "a call on stream 2147483651",
+            id="reserved bit",
+        ),
         pytest.param(GREETING + frame(CONTINUATION, 0, 1, BLOCK), "did not begin", id="continuation alone"),
         pytest.param(
             GREETING + frame(HEADERS, 0, 1, b"") + frame(PING, 0, 0, bytes(8)), "interrupted", id="interrupted"
