@@ -11,7 +11,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from loadtest.processes import Server, calls_per_second, run_h2load
+from loadtest.processes import Server, calls_per_second, read_calls, run_h2load
 from loadtest.served import OURS
 
 MULTIPLES = (0.5, 2, 5)
@@ -28,13 +28,12 @@ def offer(server: Server, per_second: float) -> tuple[float, float, float]:
         before = server.answers()
         rate = (f"-n{calls}", f"-c{CONNECTIONS}", f"-m{STREAMS}", f"--rps={per_second / CONNECTIONS:.0f}")
         run_h2load(server, *rate, f"--log-file={log}", "-H", f"grpc-timeout: {DEADLINE_MS}m")
-        ended = [line.split("\t") for line in log.read_text().splitlines()]
+        ended, seconds = read_calls(log)
     answered = server.answers() - before
     if not ended:
         return 0.0, 0.0, 0.0
-    times = [int(start) for start, _, _ in ended]
-    seconds = max((max(times) - min(times)) / 1e6, SECONDS)
-    counts = Counter((status, int(micros) <= DEADLINE_MS * 1000) for _, status, micros in ended)
+    seconds = max(seconds, SECONDS)
+    counts = Counter((status, micros <= DEADLINE_MS * 1000) for status, micros in ended)
     errors = max(0, counts["200", True] + counts["200", False] - answered)
     most = min(answered, counts["200", True])
     return len(ended) / seconds, max(0, counts["200", True] - errors) / seconds, most / seconds

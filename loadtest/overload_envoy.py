@@ -16,7 +16,7 @@ from pathlib import Path
 from authz_server.demo.envoy import Envoy
 from loadtest.cpu_share import held_to
 from loadtest.gateway import answering_gateway
-from loadtest.processes import Server, tool
+from loadtest.processes import Server, read_calls, tool
 from loadtest.served import OURS
 
 SHARE = 0.05
@@ -49,10 +49,9 @@ def offer(url: str, per_second: float) -> tuple[float, float, float]:
         calls = int(per_second * SECONDS)
         rate = (f"-n{calls}", f"-c{CONNECTIONS}", f"-m{STREAMS}", f"--rps={per_second / CONNECTIONS:.2f}")
         run_h2load(url, *rate, f"--log-file={log}")
-        ended = [line.split("\t") for line in log.read_text().splitlines()]
-    starts = [int(start) for start, _, _ in ended]
-    seconds = max((max(starts) - min(starts)) / 1e6, SECONDS)
-    in_time = [status for _, status, micros in ended if int(micros) <= DEADLINE_SECONDS * 1e6]
+        ended, seconds = read_calls(log)
+    seconds = max(seconds, SECONDS)
+    in_time = [status for status, micros in ended if micros <= DEADLINE_SECONDS * 1e6]
     return len(ended) / seconds, in_time.count("200") / seconds, (len(in_time) - in_time.count("200")) / seconds
 
 

@@ -104,6 +104,13 @@ def run_h2load(server: Server, *options: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
 
 
+def read_calls(log: Path) -> tuple[list[tuple[str, int]], float]:
+    """Read h2load's log: of each call its HTTP status and microseconds; and the seconds from the first to the last."""
+    rows = [line.split("\t") for line in log.read_text().splitlines()]
+    starts = [int(start) for start, _, _ in rows]
+    return [(status, int(micros)) for _, status, micros in rows], (max(starts) - min(starts)) / 1e6 if rows else 0.0
+
+
 def calls_per_second(server: Server, calls: int) -> float:
     """Make so many calls, IN_FLIGHT at a time; require that each was answered."""
     report = run_h2load(server, f"-n{calls}", f"-c{CONNECTIONS}", f"-m{IN_FLIGHT // CONNECTIONS}")

@@ -36,6 +36,7 @@ from authz_server.ext_authz.http2 import (
 )
 from authz_server.ext_authz.reflection import build_pool
 from authz_server.ext_authz.transport import (
+    OVERLOADED,
     ObserveWait,
     TlsFiles,
     TransportError,
@@ -250,7 +251,7 @@ class AsyncioTransport:
         touched = set()
         for connection, stream, _, _ in late:
             touched.add(connection)
-            connection.fail(stream, UNAVAILABLE, "overloaded")
+            connection.fail(stream, UNAVAILABLE, OVERLOADED)
         taken = 0
         for arrived, calls in groups:
             taken += len(calls)
@@ -262,7 +263,7 @@ class AsyncioTransport:
                 touched.add(connection)
                 if timeout is not None and soonest > timeout:
                     backlog.shed += 1
-                    connection.fail(stream, UNAVAILABLE, "overloaded")
+                    connection.fail(stream, UNAVAILABLE, OVERLOADED)
                     continue
                 try:
                     answer = check(message)

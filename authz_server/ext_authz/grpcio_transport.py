@@ -14,6 +14,7 @@ from authz_server.ext_authz.health_service import SERVICE as HEALTH_SERVICE
 from authz_server.ext_authz.health_service import HealthService, Readiness
 from authz_server.ext_authz.reflection import AUTHORIZATION_PACKAGE, AUTHORIZATION_SERVICE, build_pool
 from authz_server.ext_authz.transport import (
+    OVERLOADED,
     ObserveWait,
     TlsFiles,
     TransportError,
@@ -173,7 +174,7 @@ class GrpcioTransport:
             self._note_wait(seconds_left, context.invocation_metadata())
         if seconds_left is not None and seconds_left < _RESERVE_SECONDS:
             self.shed += 1
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "overloaded")
+            await context.abort(grpc.StatusCode.UNAVAILABLE, OVERLOADED)
         try:
             return self._checker.check(data)
         except CannotDecideError as error:

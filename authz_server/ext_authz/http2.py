@@ -22,6 +22,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 from hpack import Decoder, Encoder, HPACKError, NeverIndexedHeaderTuple
 
 from authz_server.ext_authz.admission import Backlog, Memory
+from authz_server.ext_authz.transport import OVERLOADED
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
@@ -120,7 +121,7 @@ def _percent_encoded(text: str) -> bytes:
     return re.sub(rb"[^ -$&-~]", lambda found: b"%%%02X" % found[0][0], text.encode())
 
 
-_SHED_HEAD, _SHED_BLOCK = _failure(UNAVAILABLE, "overloaded")
+_SHED_HEAD, _SHED_BLOCK = _failure(UNAVAILABLE, OVERLOADED)
 _RESET_HEAD = frame(RST_STREAM, 0, 0, bytes(4))[:5]
 _RESET = NO_ERROR.to_bytes(4, "big")
 
@@ -218,7 +219,7 @@ class _EarlyHeads:
 
 def _decode_head(decoder: Decoder, fields: bytes) -> Head:
     """Read a block by a decoder, which keeps the client's dynamic table."""
-    path, timeout = CHECK_PATH.encode(), None
+    path, timeout = _CHECK_PLAIN, None
     try:
         for name, value in decoder.decode(fields, raw=True):
             if name == b":path":
@@ -261,8 +262,12 @@ Call: TypeAlias = "tuple[Connection, int, bytes, float | None]"
 """A whole check: where it came from, its message, and in how many seconds its client wants the answer, if it says."""
 
 
+_Whole: TypeAlias = tuple[bytes, float | None]
+"""The message and the timeout of a check that has come whole."""
+
+
 class OtherCalls(Protocol):
-    """Who answers calls of other methods than Check, by `send_head`, `send_message` and `finish`."""
+    """Who answers calls of other methods than Check, by `send_head`, `send_message` and `finish`, or by `fail`."""
 
     def begin(self, connection: "Connection", stream: int, path: str) -> None:
         """Take on a call."""
@@ -512,8 +517,8 @@ class Connection:
                 self._shed(stream, ended=False)
         self._unreserved.clear()
 
-    def _frame(self, kind: int, flags: int, stream: int, payload: bytes) -> tuple[bytes, float | None] | None:
-        """Handle a frame, and return the message and the timeout of the check that is whole by it."""
+    def _frame(self, kind: int, flags: int, stream: int, payload: bytes) -> _Whole | None:
+        """Handle a frame, and return the check that is whole by it."""
         if kind == DATA:
             return self._data(flags, stream, payload)
         if kind == HEADERS:
@@ -567,7 +572,7 @@ class Connection:
         if self._unsent:
             self._send_unsent()
 
-    def _headers(self, flags: int, stream: int, payload: bytes) -> tuple[bytes, float | None] | None:
+    def _headers(self, flags: int, stream: int, payload: bytes) -> _Whole | None:
         payload = _without_padding(flags, payload)
         if flags & PRIORITY_FLAG:
             payload = payload[5:]
@@ -580,7 +585,7 @@ class Connection:
             return None
         return self._begin(stream, flags, payload)
 
-    def _continuation(self, flags: int, payload: bytes) -> tuple[bytes, float | None] | None:
+    def _continuation(self, flags: int, payload: bytes) -> _Whole | None:
         if self._collecting is None:
             raise ClientError(PROTOCOL_ERROR, "a header block is continued that did not begin")
         self._block_bytes += max(len(payload), 64)
@@ -595,7 +600,7 @@ class Connection:
         self._block.clear()
         return self._begin(stream, first_flags, fields)
 
-    def _begin(self, stream: int, flags: int, fields: bytes) -> tuple[bytes, float | None] | None:
+    def _begin(self, stream: int, flags: int, fields: bytes) -> _Whole | None:
         """Open a stream, or end it when this is its second head (trailers)."""
         head = self._read_head(fields)
         if stream in self._open:
@@ -625,7 +630,7 @@ class Connection:
             raise ClientError(ENHANCE_YOUR_CALM, "a long header block before our settings were acknowledged")
         return self._early.read(fields)
 
-    def _data(self, flags: int, stream: int, payload: bytes) -> tuple[bytes, float | None] | None:
+    def _data(self, flags: int, stream: int, payload: bytes) -> _Whole | None:
         self._credit += len(payload)
         if not payload:
             self._idle()
@@ -654,7 +659,7 @@ class Connection:
                 self._unreserved.append(stream)
         return self._end(stream) if flags & END_STREAM else None
 
-    def _end(self, stream: int) -> tuple[bytes, float | None] | None:
+    def _end(self, stream: int) -> _Whole | None:
         """Take note that the client has ended a stream."""
         opened = self._forget_open(stream)
         if opened.head.path is not None:
@@ -665,7 +670,7 @@ class Connection:
         # What is no message becomes an empty one: the checker denies it, as it does everything that it cannot read.
         return bytes(data[5:]) if whole else b"", opened.head.timeout
 
-    def _cut_off(self, stream: int, instead: bytes, flags: int) -> tuple[bytes, float | None]:
+    def _cut_off(self, stream: int, instead: bytes, flags: int) -> _Whole:
         """Have a check answered by what stands for its message; what the client still sends of it is dropped."""
         opened = self._forget_open(stream)
         if not flags & END_STREAM:

@@ -9,6 +9,9 @@ from pathlib import Path
 MAX_PORT = 65535
 """C-core takes larger numbers modulo 65536."""
 
+OVERLOADED = "overloaded"
+"""What clients are told with UNAVAILABLE when there is no time or no memory for their call."""
+
 ObserveWait = Callable[[float, int], None]
 """Gets the seconds that checks had waited when their decision began, and how many checks they were. Must not raise."""
 
