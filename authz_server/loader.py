@@ -164,6 +164,9 @@ class ChildLoader:
         self._file_problem = ""
         self._packed: int | None = None
         """The memory that holds what was loaded last; the next child starts from it when it is to repack."""
+        self._stood_in: frozenset[RecordKey] = frozenset()
+        """The records that were unreadable in the last load, and for which an older snapshot's may stand in: what is
+        packed has not got those."""
 
     @property
     def packed_bytes(self) -> int:
@@ -197,7 +200,8 @@ class ChildLoader:
         loaded = await self._by_child(
             {"store": self._store_arguments}, None, lambda packed: packed.unpack(self._options)
         )
-        if last_good is not None and len(loaded.snapshot.problems):
+        self._stood_in = frozenset(loaded.snapshot.problems) if last_good is not None else frozenset()
+        if last_good is not None and self._stood_in:
             return replace(loaded, snapshot=loaded.snapshot.with_last_good(last_good))
         return loaded
 
@@ -207,7 +211,7 @@ class ChildLoader:
             return True
         if self._path is None:
             return False
-        if changes or self._file_problem:
+        if changes or self._stood_in or self._file_problem:
             return seconds >= REPACK_SECONDS
         return seconds >= self._max_age_seconds / 4
 
@@ -218,7 +222,7 @@ class ChildLoader:
         order = {"position": position, "confirmed_at": confirmed_at, "base": self._packed}
 
         async def rows() -> AsyncIterator[bytes]:
-            keys = list(changed)
+            keys = list(self._stood_in.union(changed))
             for start in range(0, len(keys), _ROWS_PER_SLICE):
                 some = keys[start : start + _ROWS_PER_SLICE]
                 yield b"".join(json.dumps(change_row(key, loaded.snapshot)).encode() + b"\n" for key in some)
@@ -230,6 +234,7 @@ class ChildLoader:
         except LoaderError as error:
             self._tell(f"the snapshot was not packed anew: {error}")
             raise
+        self._stood_in = frozenset()
         return replace(repacked, source=loaded.source)
 
     async def _by_child(

@@ -25,7 +25,7 @@ from authz_server.demo.valkey import Valkey
 from authz_server.loader import ChildLoader, LoaderError, Source
 from authz_server.policy.access import NamedList
 from authz_server.policy.affinity import Instance, Tenant
-from authz_server.policy.snapshot import DecisionOptions, build_snapshot
+from authz_server.policy.snapshot import DecisionOptions, Snapshot, build_snapshot
 from authz_server.refresher import Refresher
 from authz_server.snapshot_file import open_packed
 from authz_server.store.address import RedisAddress
@@ -63,6 +63,18 @@ class Place:
         client: Any = Redis.from_url(self.valkey.url)
         async with client:
             await client.hset(f"{{{self.arguments['prefix']}}}:{collection}", member, "{")
+
+    async def set_epoch(self, epoch: str) -> None:
+        """Make it another history, which followers load in full."""
+        client: Any = Redis.from_url(self.valkey.url)
+        async with client:
+            await client.hset(f"{{{self.arguments['prefix']}}}:meta", "epoch", epoch)
+
+    def in_file(self) -> Snapshot:
+        """What the snapshot file holds."""
+        *_, snapshot = open_packed(memoryview(self.path.read_bytes())).unpack(OPTIONS)
+        assert snapshot is not None
+        return snapshot
 
     @asynccontextmanager
     async def running(self, loader: ChildLoader, **options: Any) -> AsyncIterator[Refresher]:
@@ -332,6 +344,36 @@ async def test_an_unreadable_record_keeps_its_last_good_value_through_file_and_l
         assert list(loaded.snapshot.problems) == [ACME]
         alone = await place.loader().load(None)
         assert alone.snapshot.tenants["acme"] == Tenant("acme", None)
+
+
+async def test_an_unreadable_entry_keeps_its_last_good_value_when_it_is_packed_anew(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_module, "REPACK_SECONDS", 0.0)
+    block, other = network_key("10.0.0.0/8", "global/block"), network_key("11.0.0.0/8")
+    await place.writer.init()
+    await place.writer.set((block, network_entry("10.0.0.0/8")), (ACME, Tenant("acme", "q1")), (Q1, Instance("q1")))
+
+    def is_as_it_was(snapshot: Snapshot) -> bool:
+        return snapshot.expiry(block) is not None and snapshot.tenants["acme"] == Tenant("acme", "q1")
+
+    async with place.running(place.loader()) as refresher:
+        await eventually(at_revision(refresher, 2))
+        await place.spoil("entries:global/block", block.name)
+        await place.spoil("tenants", "acme")
+        await place.set_epoch("restored")
+        await eventually(lambda: refresher.status.loads == 2)
+        assert refresher.current.problems.keys() == {block, ACME}
+        assert is_as_it_was(refresher.current)
+        # Also without any change: the child that loaded knew of no last good value, and this is the next one's file.
+        await eventually(lambda: is_as_it_was(place.in_file()))
+        await place.writer.set((other, network_entry("11.0.0.0/8")))
+        await eventually(lambda: place.in_file().expiry(other) is not None)
+        await eventually(lambda: refresher.current.tables["office"].changes == 0)
+        assert is_as_it_was(refresher.current)
+        assert refresher.status.loads == 2
+    assert is_as_it_was(place.in_file())
+    assert place.in_file().problems.keys() == {block, ACME}
 
 
 async def test_a_child_ends_with_the_process_that_started_it(place: Place) -> None:

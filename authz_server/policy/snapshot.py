@@ -361,11 +361,13 @@ def _first_names(patterns: Iterable[PathPattern]) -> frozenset[str] | None:
 
 
 def _network(key: RecordKey) -> Network | None:
-    """Return an entry key's network; None when somebody wrote a key by hand that is not one."""
+    """Return an entry key's network; None when somebody wrote a key by hand that is not one, or spells it in another
+    way: such a record is never readable, and must not stand for the one that is spelled well."""
     try:
-        return parse_network(key.name)
+        network = parse_network(key.name)
     except InvalidNetworkError:
         return None
+    return network if str(network) == key.name else None
 
 
 def _closed(key: RecordKey) -> Kept | None:

@@ -175,6 +175,17 @@ def test_an_entry_key_that_is_no_network_is_a_problem_and_goes_away_with_its_rec
     assert content(snapshot.with_changes(2, [(key, None)])) == content(build([], 2))
 
 
+@pytest.mark.parametrize("cidr", ["203.0.113.7", "::ffff:203.0.113.7", "::FFFF:203.0.113.7/128"])
+def test_an_entry_key_in_another_spelling_is_a_record_of_its_own(cidr: str) -> None:
+    good = entry("203.0.113.7/32")
+    key, other = entry_key("global/block", good), RecordKey(RecordKind.ENTRY, cidr, "global/block")
+    both = build([(key, good), (other, BROKEN)])
+    assert (both.count(RecordKind.ENTRY, "global/block"), held(both, other)) == (2, None)
+    assert content(both.with_changes(2, [(other, None)])) == content(build([(key, good)], 2))
+    assert held(both.with_changes(2, [(key, None)]), key) is None
+    assert content(build([(other, BROKEN)], 2, last_good=both)) == content(build([(other, BROKEN)], 2))
+
+
 def test_degraded_scopes_are_those_that_use_a_spoilt_or_missing_list() -> None:
     def degraded(*records: tuple[RecordKey, Record | Unreadable]) -> tuple[str, ...]:
         return build(list(records)).degraded_scopes()
