@@ -9,6 +9,8 @@ from authz_server.store.interface import Position, PositionLostError, Replica, S
 
 _POLL_SECONDS = 0.02
 _LONGEST_POLL_SECONDS = 0.5
+_LOOK_SECONDS = 1.0
+"""A look at the reports may take so long, also when the wait is over by then: one that is cut short knows nothing."""
 _NOBODY = "no server has reported to this store, so nothing shows that any server decides by it"
 
 
@@ -47,7 +49,7 @@ async def wait_for_servers(
     seconds: float,
     on_progress: Callable[[Acknowledgement], None] = lambda _: None,
 ) -> Acknowledgement:
-    """Wait until every server decides by the position, or by one that follows on it; at most some seconds.
+    """Wait until every server decides by the position, or by one that follows on it; at most some seconds, and one look.
 
     A server that has been silent for long counts as well: it may be cut off, and still serve what was before. It no
     longer counts after an hour, or when it is forgotten. An interruption (asyncio.CancelledError) is told in the
@@ -61,7 +63,7 @@ async def wait_for_servers(
     try:
         while True:
             try:
-                async with asyncio.timeout_at(max(deadline, loop.time() + _POLL_SECONDS)):
+                async with asyncio.timeout_at(max(deadline, loop.time() + _LOOK_SECONDS)):
                     replicas = await store.replicas()
                     # After the reports were read, for they must not know of more than the history does.
                     await history.follow()

@@ -9,7 +9,7 @@ from support.policies import Q1, Writer
 
 from authz_server.cli.acknowledgement import Acknowledgement, wait_for_servers
 from authz_server.policy.affinity import Instance
-from authz_server.store.interface import Position, Report
+from authz_server.store.interface import Position, Replica, Report
 from authz_server.store.memory_store import MemoryStore
 
 
@@ -134,6 +134,20 @@ async def test_a_store_that_hangs_does_not_prolong_the_wait(fleet: Fleet) -> Non
         told = await wait_for_servers(Hanging(), fleet.positions[1], seconds=0.1)
     assert not told.complete
     assert told.problem
+
+
+@pytest.mark.parametrize("seconds", [0, 0.02], ids=["one_look", "the_last_of_two"])
+async def test_a_look_is_not_cut_short_by_the_end_of_the_wait(fleet: Fleet, seconds: float) -> None:
+    class Slow(MemoryStore):
+        async def replicas(self) -> list[Replica]:
+            await asyncio.sleep(0.1)
+            return await fleet.store.replicas()
+
+        events_after = fleet.store.events_after
+
+    await fleet.report("a", fleet.positions[0])
+    told = await wait_for_servers(Slow(), fleet.positions[1], seconds=seconds)
+    assert ([lagging.replica for lagging in told.lagging], told.problem) == (["a"], "")
 
 
 async def test_a_change_that_a_failover_lost_is_told(fleet: Fleet) -> None:
