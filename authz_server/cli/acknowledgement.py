@@ -49,7 +49,7 @@ async def wait_for_servers(
     seconds: float,
     on_progress: Callable[[Acknowledgement], None] = lambda _: None,
 ) -> Acknowledgement:
-    """Wait until every server decides by the position, or by one that follows on it; at most some seconds, and one look.
+    """Wait until every server decides by the position, or by one that follows on it; at most some seconds and a look.
 
     A server that has been silent for long counts as well: it may be cut off, and still serve what was before. It no
     longer counts after an hour, or when it is forgotten. An interruption (asyncio.CancelledError) is told in the

@@ -8,7 +8,7 @@ import typer
 
 from authz_server.cli.administration import Done, Order, telling_outcome
 from authz_server.cli.changes import counted
-from authz_server.cli.failures import EXIT_CODES, ChangedMeanwhileError, NotSoundError, RefusedError
+from authz_server.cli.failures import EXIT_CODES, BadInputError, ChangedMeanwhileError, NotSoundError, RefusedError
 from authz_server.cli.output import Json, OutputFormat, print_json, print_lines
 from authz_server.cli.session import (
     Actor,
@@ -24,7 +24,14 @@ from authz_server.cli.session import (
     writing,
 )
 from authz_server.policy.records import RecordKey
-from authz_server.store.interface import EpochChangedError, Examination, Finding, InconsistentStateError, Store
+from authz_server.store.interface import (
+    ChangeIdUsedError,
+    EpochChangedError,
+    Examination,
+    Finding,
+    InconsistentStateError,
+    Store,
+)
 from authz_server.store.keys import collection
 
 _PAGE = 200
@@ -160,6 +167,8 @@ async def _confirm(store: Store, order: Order, examined: Examination, action: st
             )
     except EpochChangedError as error:
         raise ChangedMeanwhileError([str(error)]) from error
+    except ChangeIdUsedError as error:
+        raise BadInputError([str(error)]) from error
     notes = (f"every server loads {counted(examined.records, 'record')} anew, of epoch {result.position.epoch}",)
     return Done(action, order, result.position, (), changed=True, repeated=result.repeated, notes=notes)
 

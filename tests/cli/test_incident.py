@@ -61,6 +61,16 @@ def test_a_sound_store_is_reconciled_and_reloaded(call: Call) -> None:
     reloaded = json.loads(call("reload", "--reason", "to be sure", "-o", "json").stdout)
     assert reloaded["revision"] == told["revision"] + 1
     assert reloaded["epoch"] != told["epoch"]
+    assert json.loads(call("history", "show", "-n", "1", "-o", "json").stdout)["changes"][0]["action"] == "reload"
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("policy")
+@pytest.mark.parametrize("command", ["confirm --yes", "reload"])
+def test_a_change_id_of_another_change_is_bad_input(call: Call, command: str) -> None:
+    call("block", "add", "198.51.100.0/24", "--reason", "r", "--change-id", "c-1")
+    told = call(*command.split(), "--reason", "r", "--change-id", "c-1", code=2).output
+    assert "the change id 'c-1' was applied as revision 4" in told
 
 
 @pytest.mark.integration

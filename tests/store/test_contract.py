@@ -640,6 +640,9 @@ async def test_confirming_makes_what_is_left_the_policy_under_a_new_epoch(
         before.change_id,
     )
     await writer.set((network_key("10.0.0.0/8"), network_entry("10.0.0.0/8")))
+    examined = await store.examine()
+    await store.confirm(examined, actor="alice", reason="to be sure", change_id="c10", action="reload")
+    assert (await store.history(count=1))[0].action == "reload"
 
 
 async def test_a_policy_that_changed_since_it_was_examined_is_not_confirmed(store: Store, writer: Writer) -> None:

@@ -387,6 +387,8 @@ async def test_what_is_left_after_a_lost_key_can_be_confirmed(
     await Writer(store).set((ACME, Tenant("acme", "q1")))
     aside = [key async for key in client.scan_iter(match=f"{{{prefix}}}:changes:until:*")]
     assert len(aside) == (lost == "stray")
+    for key in ("meta", "counts", "changes", "instances", "tenants", "entries:office"):
+        assert await client.ttl(f"{{{prefix}}}:{key}") == -1, f"{key} would be gone after a while"
 
 
 async def test_an_edit_during_the_examination_is_seen(store: RedisStore, client: Any, prefix: str) -> None:
