@@ -452,6 +452,13 @@ class Store(Protocol):
     async def examine(self) -> Examination:
         """Read everything and say what is not as changes have left it. Damage is told, not raised."""
 
+    def records(self, name: str) -> AsyncIterator[tuple[RecordKey, str]]:
+        """Yield the records of a collection and their texts as they are there, sound or not; one may come twice.
+
+        Raises:
+            InconsistentStateError: there is something else under its key.
+        """
+
     async def confirm(
         self, examined: Examination, *, actor: str, reason: str, change_id: str, action: str = "confirm"
     ) -> WriteResult:

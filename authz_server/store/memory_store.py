@@ -265,6 +265,12 @@ class MemoryStore:
             for field, text in self.collections.get(name, {}).items()
         ]
 
+    async def records(self, name: str) -> AsyncIterator[tuple[RecordKey, str]]:
+        """See `Store.records`."""
+        self._check_available()
+        for member, text in self.collections.get(name, {}).items():
+            yield record_key_of(name, member), text
+
     async def confirm(
         self, examined: Examination, *, actor: str, reason: str, change_id: str, action: str = "confirm"
     ) -> WriteResult:

@@ -663,6 +663,11 @@ class RedisStore:
                 problems.append(record.problem)
         return (len(shares), sum(shares.values()) % SUM_MODULUS), problems
 
+    async def records(self, name: str) -> AsyncIterator[tuple[RecordKey, str]]:
+        """See `Store.records`."""
+        async for member, text in self._scan(name):
+            yield record_key_of(name, member), text
+
     async def confirm(
         self, examined: Examination, *, actor: str, reason: str, change_id: str, action: str = "confirm"
     ) -> WriteResult:
@@ -956,10 +961,10 @@ class RedisStore:
     def _key(self, name: str) -> str:
         return f"{self._tag}:{name}"
 
-    def _inconsistent(self, what: str) -> InconsistentStateError:
+    def _inconsistent(self, what: str, first: str = "") -> InconsistentStateError:
         return InconsistentStateError(
             f"the policy under {self._tag} in {self._where} is damaged; what does not fit: {what}. "
-            "Nothing was changed: restore a backup, or make what is left the policy (`authzctl confirm`)"
+            f"Nothing was changed: {first}restore a backup, or make what is left the policy (`authzctl confirm`)"
         )
 
     def _not_initialised(self) -> NotInitialisedError:
@@ -998,7 +1003,8 @@ class RedisStore:
         except exceptions.ResponseError as error:
             if "WRONGTYPE" in str(error):  # hides in the middle of what a pipeline or a script says
                 raise self._inconsistent(
-                    f"{name or 'a key'}, which is something else: another product's? ({error})"
+                    f"{name or 'a key'}, which is something else: another product's? ({error})",
+                    "take that key away (RENAME), then ",
                 ) from error
             raise StoreRefusedError(f"{self._where} refused: {error}") from error
         except (exceptions.AuthenticationError, exceptions.AuthorizationError) as error:

@@ -31,6 +31,7 @@ def prefix() -> str:
 def call(valkey: Valkey, prefix: str, monkeypatch: pytest.MonkeyPatch) -> Call:
     monkeypatch.setenv("AUTHZ_REDIS_URL", valkey.url)
     monkeypatch.setenv("AUTHZ_REDIS_PREFIX", prefix)
+    monkeypatch.setenv("AUTHZCTL_ACTOR", "alice")
 
     def run(*words: str, code: int = 0) -> Result:
         result = CliRunner().invoke(app, words)
@@ -84,6 +85,63 @@ def test_an_edited_record_is_named_and_can_be_confirmed(call: Call, client: Any,
     assert "--yes" in call("confirm", "--reason", "it is right", code=1).output
     call("confirm", "--reason", "it is right", "--yes")
     call("reconcile")
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("policy")
+def test_what_no_change_has_written_is_named(call: Call, client: Any, prefix: str) -> None:
+    written = client.hget(f"{{{prefix}}}:entries:global/block", "203.0.113.0/24")
+    client.hset(f"{{{prefix}}}:entries:global/allow", "198.51.100.0/24", written)
+    told = json.JSONDecoder().raw_decode(call("reconcile", "-o", "json", code=1).stdout)[0]
+    assert told["unwritten"] == [{"record": "entry 198.51.100.0/24 in list global/allow", "found": written}]
+    assert (told["more_unwritten"], told["known_since_revision"], told["edited"]) == (False, 1, [])
+    accusation = f"entry 198.51.100.0/24 in list global/allow is {written}; no change has written it"
+    assert accusation in call("confirm", "--reason", "r", code=1).output
+    confirmed = call("confirm", "--reason", "r", "--yes").output
+    assert f"confirmed: {accusation}" in " ".join(confirmed.split())
+
+    # From then on it is policy; who finds another one is told that this one may be.
+    client.hset(f"{{{prefix}}}:entries:global/allow", "192.0.2.0/24", written)
+    client.hset(f"{{{prefix}}}:entries:global/block", "203.0.113.0/24", "{}")
+    told = json.JSONDecoder().raw_decode(call("reconcile", "-o", "json", code=1).stdout)[0]
+    assert [one["record"] for one in told["unwritten"]] == [
+        "entry 198.51.100.0/24 in list global/allow",
+        "entry 192.0.2.0/24 in list global/allow",
+    ]
+    assert (told["confirmed_by_revision"], told["edited"][0]["confirmed_by_revision"]) == (4, 4)
+    shown = call("reconcile", code=1).output
+    assert "what revision 4 confirmed is among these too" in shown
+    assert "(revision 2, before revision 4 confirmed what was there)" in shown
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("policy")
+def test_changes_that_are_no_longer_kept_are_told(call: Call, client: Any, prefix: str, tmp_path: Path) -> None:
+    feed = tmp_path / "feed"
+    feed.write_text("\n".join(f"10.0.{n // 256}.{n % 256}" for n in range(1005)))
+    call("list", "add", "feed", "--reason", "r")
+    call("list", "import", "feed", str(feed), "--reason", "r", "--change-id", "c-1", "--yes")
+    call("list", "add", "feed", "10.1.0.0/24", "--reason", "r")
+    assert client.delete(f"{{{prefix}}}:difference:c-1") == 1
+    client.hset(f"{{{prefix}}}:entries:feed", "10.1.0.0/24", "{}")
+    shown = call("reconcile", code=1).output
+    assert "entry 10.1.0.0/24 in list feed is {}; alice had written" in shown
+
+    assert "and more than 980 others that no change has written" in shown
+    assert "changes before revision 6 are no longer known: what they wrote is among these too" in shown
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("policy")
+@pytest.mark.parametrize("words", ["reconcile", "reload --reason r", "confirm --yes --reason r", "doctor"])
+def test_a_key_of_something_else_is_told_with_the_remedy(call: Call, client: Any, prefix: str, words: str) -> None:
+    client.delete(f"{{{prefix}}}:instances")
+    client.set(f"{{{prefix}}}:instances", "sessions")
+    told = " ".join(call(*words.split(), code=1).output.split())
+    assert "instances" in told
+    assert "take that key away (RENAME), then restore a backup" in told
+    client.delete(f"{{{prefix}}}:instances")
+    call("confirm", "--reason", "r", "--yes")
 
 
 @pytest.mark.integration

@@ -621,6 +621,8 @@ async def test_confirming_makes_what_is_left_the_policy_under_a_new_epoch(
     before = await store.position()
     examined = await store.examine()
     assert set(examined.findings) == {Finding("entries:office", 1, 0), Finding("tenants", 0, 1)}
+    assert [record async for record in store.records("tenants")] == [(ACME, encode_record(Tenant("acme", "q1")))]
+    assert [record async for record in store.records("entries:office")] == []
     result = await store.confirm(examined, actor="alice", reason="we know", change_id="c9")
     assert (result.position.revision, result.repeated) == (before.revision + 1, False)
     assert result.position.epoch != before.epoch
