@@ -11,7 +11,7 @@ from typing import Annotated, TextIO, cast
 import typer
 
 from authz_server.cli.changes import counted
-from authz_server.cli.failures import EXIT_CODES, BadInputError
+from authz_server.cli.failures import EXIT_CODES, BadInputError, NotSoundError
 from authz_server.cli.output import Json, OutputFormat, key_json, print_concerns, print_json, print_table
 from authz_server.cli.session import Config, Output, RedisUrl, group_of, reading
 from authz_server.cli.times import show_moment
@@ -62,6 +62,9 @@ def history_show(
 def history_export(
     *,
     after: Annotated[int, typer.Option("--after", min=0, help="Only changes after this revision.")] = 0,
+    follows: Annotated[
+        str | None, typer.Option("--follows", metavar="CHANGE_ID", help="The change id that revision --after had.")
+    ] = None,
     file: Annotated[
         Path | None, typer.Option("--file", help="Where to write; must not exist. Without: standard output.")
     ] = None,
@@ -70,15 +73,20 @@ def history_export(
 ) -> None:
     """Write the changes as lines of JSON, oldest first, to be kept elsewhere.
 
-    A change of many records has the others in lines of their own (`part`). Run regularly with --after and the last
-    revision of the run before, it loses nothing: what the store has forgotten already is said on standard error.
+    A change of many records has the others in lines of their own (`part`). Run regularly with the last revision of the
+    run before (--after) and its change id (--follows), it loses nothing unseen: if changes in between are no longer
+    kept, or the store has gone back in its history, it writes what there is, says so, and ends with exit code 1.
     """
     with reading(OutputFormat.TABLE, redis_url, config) as session:
+        if follows is not None and not after:
+            raise BadInputError(["--follows names the change of the revision --after: give both"])
         if file is None:
-            missing = session.ask(lambda store: _export(store, after, typer.get_text_stream("stdout")))
+            missing = session.ask(lambda store: _export(store, after, follows, typer.get_text_stream("stdout")))
         else:
             with _new_file(file) as stream:
-                missing = session.ask(lambda store: _export(store, after, stream))
+                missing = session.ask(lambda store: _export(store, after, follows, stream))
+        if missing and after:
+            raise NotSoundError(missing)
         print_concerns(missing)
 
 
@@ -102,9 +110,9 @@ def _new_file(path: Path) -> Iterator[TextIO]:
         raise BadInputError([f"--file {str(path)!r} cannot be written: {error.strerror}"]) from error
 
 
-async def _export(store: Store, after: int, stream: TextIO) -> list[str]:
+async def _export(store: Store, after: int, follows: str | None, stream: TextIO) -> list[str]:
     """Write the changes and return what could not be written, for people."""
-    missing = []
+    missing = await _gone_back(store, after, follows) if after else []
     first = True
     while events := await store.history_after(after, count=_PAGE):
         if first and events[0].position.revision > after + 1:
@@ -120,6 +128,22 @@ async def _export(store: Store, after: int, stream: TextIO) -> list[str]:
                 missing.append(str(error))
         after = events[-1].position.revision
     return missing
+
+
+async def _gone_back(store: Store, after: int, follows: str | None) -> list[str]:
+    """Say for people whether the store's history is another than the one that led to a revision."""
+    what = "the store has gone back in its history (a failover, a restored backup), and what it lost is only in earlier"
+    remedy = f"{what} exports; export what took its place with --after of a revision that both have"
+    events = await store.history_after(after - 1, count=1)
+    if not events:
+        newest = await store.history(count=1)
+        return [f"the newest revision is {newest[0].position.revision if newest else 0}, not yet {after}: {remedy}"]
+    revision, change_id = events[0].position.revision, events[0].position.change_id
+    if revision == after + 1:
+        change_id = events[0].previous_change_id
+    if follows is None or revision > after + 1 or change_id == follows:
+        return []
+    return [f"revision {after} is of the change {change_id}, not of {follows}: {remedy}"]
 
 
 async def _parts(store: Store, event: Event) -> AsyncIterator[tuple[int, tuple[EventRecord, ...]]]:

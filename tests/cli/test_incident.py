@@ -172,6 +172,27 @@ def test_history_is_shown_and_exported(call: Call, tmp_path: Path) -> None:
 
 @pytest.mark.integration
 @pytest.mark.usefixtures("policy")
+def test_an_export_that_cannot_follow_on_the_one_before_says_so(call: Call, client: Any, prefix: str) -> None:
+    lines = [json.loads(line) for line in call("history", "export").stdout.splitlines()]
+    ids = [line["change_id"] for line in lines]
+    for after, follows in ((3, ids[2]), (2, ids[1])):
+        result = call("history", "export", "--after", str(after), "--follows", follows)
+        assert [json.loads(line) for line in result.stdout.splitlines()] == lines[after:]
+    result = call("history", "export", "--after", "2", "--follows", "lost", code=1)
+    assert json.loads(result.stdout.splitlines()[0]) == lines[2]
+    assert f"revision 2 is of the change {ids[1]}, not of lost: the store has gone back" in result.stderr
+    assert "the newest revision is 3, not yet 9" in call("history", "export", "--after", "9", code=1).stderr
+    assert "give both" in call("history", "export", "--follows", "lost", code=2).stderr
+
+    client.xtrim(f"{{{prefix}}}:changes", maxlen=1, approximate=False)
+    assert "revisions 1 to 2 are no longer kept" in call("history", "export").stderr
+    assert "revisions 2 to 2 are no longer kept" in call("history", "export", "--after", "1", code=1).stderr
+    call("history", "export", "--after", "2", "--follows", ids[1])
+    assert "not of lost" in call("history", "export", "--after", "2", "--follows", "lost", code=1).stderr
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("policy")
 def test_durable_is_refused_where_nothing_lasts(call: Call) -> None:
     assert "no append-only file" in call("instance", "add", "q2", "--reason", "r", "--durable", code=1).output
     assert "q2" not in call("instance", "list").stdout
