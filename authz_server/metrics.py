@@ -72,8 +72,9 @@ class Metrics:
         self._checks.count(decision, seconds)
         if isinstance(decision, Allowed) and decision.affinity is _PINNED and decision.tenant is not None:
             self._busiest.count(decision.tenant)
-        for outcome in decision.shadow_denials:
-            self._shadow[outcome.scope.partition(":")[0]].inc()
+        if decision.shadow_denials:
+            for outcome in decision.shadow_denials:
+                self._shadow[outcome.scope.partition(":")[0]].inc()
 
     def observe_wait(self, seconds: float, checks: int) -> None:
         """Count checks whose decision began, after so long."""

@@ -301,17 +301,18 @@ class Observer:
 
     def __call__(self, checked: Checked) -> None:
         """Take note of one answer."""
-        self._metrics.observe(checked.decision, checked.seconds)
-        self._decisions.note(checked.decision, checked.attributes, checked.revision, checked.seconds)
+        decision, attributes, revision, seconds, error = checked
+        self._metrics.observe(decision, seconds)
+        self._decisions.note(decision, attributes, revision, seconds)
         if self._tracing:
-            self._tracing.note(checked.decision, checked.attributes, checked.revision, checked.seconds)
-        if checked.error is None:
+            self._tracing.note(decision, attributes, revision, seconds)
+        if error is None:
             return
         now = self._clock()
         if now < self._quiet_until:
             self._not_logged += 1
             return
-        _log.error("internal error: the check was denied", exc_info=checked.error, not_logged_before=self._not_logged)
+        _log.error("internal error: the check was denied", exc_info=error, not_logged_before=self._not_logged)
         self._quiet_until = now + FAULT_SECONDS
         self._not_logged = 0
 

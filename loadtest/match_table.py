@@ -73,7 +73,7 @@ def lookup_us(table: NetworkTable, addresses: list[Address]) -> float:
 
     def look_up_all() -> None:
         for address in addresses:
-            next(table.match(address), None)
+            table.match(address)
 
     return median_seconds(look_up_all) / len(addresses) * 1e6
 

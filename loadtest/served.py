@@ -10,7 +10,7 @@ import importlib
 import ipaddress
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import cycle
 from typing import Any, Protocol
 
@@ -106,6 +106,7 @@ class Serving(Protocol):
     """Checks answered so far."""
 
     check: Callable[[bytes], bytes]
+    check_all: Callable[[Sequence[bytes]], Sequence[bytes | None]]
 
 
 class Constant:
@@ -118,7 +119,11 @@ class Constant:
             self.answers += 1
             return answer
 
-        self.check = check
+        def check_all(messages: Sequence[bytes]) -> Sequence[bytes]:
+            self.answers += len(messages)
+            return [answer] * len(messages)
+
+        self.check, self.check_all = check, check_all
 
 
 class Distinct:
@@ -137,7 +142,11 @@ class Distinct:
             self.answers += 1
             return checker.check(next(turns) if len(data) == length_of_request else data)
 
-        self.check = check
+        def check_all(messages: Sequence[bytes]) -> Sequence[bytes | None]:
+            self.answers += len(messages)
+            return checker.check_all([next(turns) if len(data) == length_of_request else data for data in messages])
+
+        self.check, self.check_all = check, check_all
 
 
 async def _serve(transport_name: str, answer: str) -> None:

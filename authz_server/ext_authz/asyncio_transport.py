@@ -19,7 +19,7 @@ import grpc
 from grpc_reflection.v1alpha import reflection
 
 from authz_server.ext_authz.admission import Backlog, Memory
-from authz_server.ext_authz.checker import CannotDecideError, Checker
+from authz_server.ext_authz.checker import NO_SNAPSHOT, Checker
 from authz_server.ext_authz.grpcio_transport import SERVICE
 from authz_server.ext_authz.health_service import SERVICE as HEALTH_SERVICE
 from authz_server.ext_authz.health_service import HealthService, Readiness
@@ -244,7 +244,7 @@ class AsyncioTransport:
 
     def _decide(self) -> int:
         """Decide about a slice of the checks that wait, answer them, and return how many they were."""
-        backlog, check = self._backlog, self._checker.check
+        backlog = self._backlog
         now = time.monotonic()
         # In need the sockets are looked at less often: what a look costs is shared by more calls then.
         groups, late = backlog.take(now, _SLICE if backlog.room else _LONG_SLICE)
@@ -253,6 +253,8 @@ class AsyncioTransport:
             touched.add(connection)
             connection.fail(stream, UNAVAILABLE, OVERLOADED)
         taken = 0
+        asking: list[tuple[Connection, int]] = []
+        messages: list[bytes] = []
         for arrived, calls in groups:
             taken += len(calls)
             self._observe_wait(now - arrived, len(calls))
@@ -260,17 +262,19 @@ class AsyncioTransport:
             for connection, stream, message, timeout in calls:
                 if stream not in connection.waiting:  # its client has reset it
                     continue
-                touched.add(connection)
                 if timeout is not None and soonest > timeout:
                     backlog.shed += 1
+                    touched.add(connection)
                     connection.fail(stream, UNAVAILABLE, OVERLOADED)
-                    continue
-                try:
-                    answer = check(message)
-                except CannotDecideError as error:
-                    connection.fail(stream, UNAVAILABLE, str(error))
                 else:
-                    connection.answer(stream, answer)
+                    asking.append((connection, stream))
+                    messages.append(message)
+        for (connection, stream), answer in zip(asking, self._checker.check_all(messages), strict=True):
+            touched.add(connection)
+            if answer is None:
+                connection.fail(stream, UNAVAILABLE, NO_SNAPSHOT)
+            else:
+                connection.answer(stream, answer)
         for connection in touched:
             self.flush(connection)
         return taken

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Self
 
 from authz_server.policy.affinity import Affinity
-from authz_server.policy.decision import Allowed, Decision
+from authz_server.policy.decision import Allowed, Decision, Denied
 from authz_server.policy.identifiers import MAX_IDENTIFIER_LENGTH
 from authz_server.policy.reasons import Reason
 
@@ -100,16 +100,12 @@ class ResponseWriter:
 
     def __init__(self, options: ResponseOptions) -> None:
         routing_name, tenant_name = _text(_KEY, options.routing_header), _text(_KEY, options.tenant_header)
+        self._options = options
         self._routing_header = _TextField(lambda instance: _overwrite(routing_name, instance), _OVERWRITE)
         self._tenant_header = _TextField(lambda tenant: _overwrite(tenant_name, tenant), _OVERWRITE)
-        self._removed = {
-            (routed, named): _removals(options, routed=routed, named=named)
-            for routed in (False, True)
-            for named in (False, True)
-        }
         self._denied = {reason: _Denial.build(reason, options) for reason in Reason}
         # Instances are few: no client can name one.
-        self._instance = lru_cache(maxsize=1024)(self._write_instance)
+        self._routing = lru_cache(maxsize=1024)(self._write_routing)
         self._first_facts = lru_cache(maxsize=len(Reason))(_first_facts)
 
     def write(self, decision: Decision, *, request_id: str, revision: int) -> bytes:
@@ -120,29 +116,37 @@ class ResponseWriter:
             request_id: the value of x-request-id, whoever wrote it: shown to the client only if it looks like an id.
             revision: of the snapshot that the decision was made from; 0 when it needed none.
         """
-        facts = self._first_facts(revision, decision.reason, isinstance(decision, Allowed))
-        tenant = b"" if decision.tenant is None else decision.tenant.encode()
-        if tenant:
-            facts += _TENANT.around(tenant)
-        if decision.client_address is not None:
-            facts += _CLIENT_ADDRESS.around(str(decision.client_address).encode())
-        facts += _facts_of_scopes(decision)
         if not isinstance(decision, Allowed):
-            denied = self._denied[decision.reason].of(request_id)
-            return _STATUS_DENIED + _field(_DENIED_RESPONSE, denied) + _field(_DYNAMIC_METADATA, facts)
-        ok = self._removed[decision.instance is not None, bool(tenant)]
-        if decision.instance is not None:
-            header, facts_of_instance = self._instance(decision.instance, decision.affinity)
-            ok += header
-            facts += facts_of_instance
-        if tenant:
-            ok += self._tenant_header.around(tenant)
-        return _STATUS_OK + _field(_OK_RESPONSE, ok) + _field(_DYNAMIC_METADATA, facts)
+            return self._write_denial(decision, request_id, revision)
+        reason, address, tenant, instance, affinity, _, shadow_denials = decision
+        # Joined at once: each of these pieces put to the others by itself would copy them all again.
+        ok, routing_facts = self._routing(instance, affinity, tenant is not None)
+        facts = [self._first_facts(revision, reason, True), *_CLIENT_ADDRESS.around(str(address)), routing_facts]
+        if tenant is not None:
+            facts += _TENANT.around(tenant)
+            ok = b"".join((ok, *self._tenant_header.around(tenant)))
+        if reason is not _ALLOWED or shadow_denials:
+            facts.append(_facts_of_scopes(decision))
+        about = b"".join(facts)
+        return b"".join((_STATUS_OK, _OK_RESPONSE, _length(ok), ok, _DYNAMIC_METADATA, _length(about), about))
 
-    def _write_instance(self, instance: str, affinity: Affinity) -> tuple[bytes, bytes]:
-        """Return the routing header, and what access logs get to know of it."""
+    def _write_denial(self, decision: Denied, request_id: str, revision: int) -> bytes:
+        facts = self._first_facts(revision, decision.reason, False)
+        if decision.tenant is not None:
+            facts += b"".join(_TENANT.around(decision.tenant))
+        if decision.client_address is not None:
+            facts += b"".join(_CLIENT_ADDRESS.around(str(decision.client_address)))
+        facts += _facts_of_scopes(decision)
+        denied = self._denied[decision.reason].of(request_id)
+        return _STATUS_DENIED + _field(_DENIED_RESPONSE, denied) + _field(_DYNAMIC_METADATA, facts)
+
+    def _write_routing(self, instance: str | None, affinity: Affinity, named: bool) -> tuple[bytes, bytes]:
+        """Return our headers but for that which names the tenant, and what access logs get to know of them."""
+        removals = _removals(self._options, routed=instance is not None, named=named)
+        if instance is None:
+            return removals, b""
         facts = _fact("instance", instance) + _fact("affinity", affinity)
-        return self._routing_header.around(instance.encode()), facts
+        return removals + b"".join(self._routing_header.around(instance)), facts
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,8 +253,12 @@ def _text(tag: bytes, value: str) -> bytes:
 
 
 def _field(tag: bytes, value: bytes) -> bytes:
+    return tag + _length(value) + value
+
+
+def _length(value: bytes) -> bytes:
     size = len(value)
-    return tag + (_LENGTHS[size] if size < len(_LENGTHS) else _varint(size)) + value
+    return _LENGTHS[size] if size < _USUAL_LENGTHS else _varint(size)
 
 
 def _varint(number: int) -> bytes:
@@ -279,15 +287,17 @@ class _TextField:
         self._tail = tail
         self._heads = tuple(write("x" * size)[: -size - len(tail) or None] for size in range(MAX_IDENTIFIER_LENGTH + 1))
 
-    def around(self, text: bytes) -> bytes:
-        """Return the field for a text in UTF-8."""
-        if len(text) > MAX_IDENTIFIER_LENGTH:
-            return self._write(text.decode())
-        return self._heads[len(text)] + text + self._tail
+    def around(self, text: str) -> tuple[bytes, ...]:
+        """Return the field for a text, in pieces."""
+        encoded = text.encode()
+        size = len(encoded)
+        if size > MAX_IDENTIFIER_LENGTH:
+            return (self._write(text),)
+        return self._heads[size], encoded, self._tail
 
 
-_LENGTHS = tuple(_varint(size) for size in range(1024))
-"""Usual lengths, encoded."""
+_USUAL_LENGTHS = 1024
+_LENGTHS = tuple(_varint(size) for size in range(_USUAL_LENGTHS))
 _KEYS = {
     name: _text(_KEY, name)
     for name in (

@@ -180,8 +180,9 @@ def normalize_host(host: str) -> str:
 
 def judge(scope: Scope, tables: Mapping[str, NetworkTable], address: Address, now: float) -> ScopeOutcome:
     """Say what a scope makes of an address at `now` (seconds since the Unix epoch)."""
-    allow = _longest_match(scope.lists[_ALLOW], tables, address, now)
-    block = _longest_match(scope.lists[_BLOCK], tables, address, now)
+    lists = scope.lists
+    allow = _longest_match(lists[_ALLOW], tables, address, now)
+    block = _longest_match(lists[_BLOCK], tables, address, now)
     if block and (allow is None or block[0] >= allow[0]):
         return ScopeOutcome(scope.name, scope.enforcement, Reason.BLOCKED, _list_match(address, block))
     if allow:
@@ -196,8 +197,9 @@ def judge_without_record(
 
     Most tenants are of this kind, and most of these have no lists of their own either.
     """
-    if tables.get(scope_name + _OWN_ALLOW) is None and tables.get(scope_name + _OWN_BLOCK) is None:
-        return ScopeOutcome(scope_name, _ENFORCE, _ALLOWED)
+    table = tables.get
+    if table(scope_name + _OWN_ALLOW) is None and table(scope_name + _OWN_BLOCK) is None:
+        return tuple.__new__(ScopeOutcome, (scope_name, _ENFORCE, _ALLOWED, None))  # in half the time
     return judge(Scope(scope_name), tables, address, now)
 
 

@@ -11,6 +11,9 @@ from typing import Literal, NamedTuple
 
 MAX_PREFIX_LENGTH = {4: 32, 6: 128}
 
+_new = tuple.__new__
+"""Makes a named tuple from its values in half the time of its constructor, which is a function in Python."""
+
 
 class InvalidAddressError(ValueError):
     """The text is not exactly one IPv4 or IPv6 address."""
@@ -28,7 +31,10 @@ class Address(NamedTuple):
     """The address as an unsigned integer of 32 or 128 bits."""
 
     def __str__(self) -> str:
-        return _text(self.version, self.value)
+        version, value = self
+        if version == 4:  # which inet_ntop writes in twice the time
+            return f"{value >> 24}.{value >> 16 & 255}.{value >> 8 & 255}.{value & 255}"
+        return inet_ntop(AF_INET6, value.to_bytes(16, "big"))
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -46,7 +52,7 @@ class Network:
         return address.version == self.version and (address.value ^ self.first) >> shift == 0
 
     def __str__(self) -> str:
-        return f"{_text(self.version, self.first)}/{self.prefix_length}"
+        return f"{Address(self.version, self.first)}/{self.prefix_length}"
 
 
 def parse_address(text: str) -> Address:
@@ -60,7 +66,7 @@ def parse_address(text: str) -> Address:
     """
     try:
         if ":" not in text:
-            return Address(4, int.from_bytes(inet_pton(AF_INET, text), "big"))
+            return _new(Address, (4, int.from_bytes(inet_pton(AF_INET, text), "big")))
         value = int.from_bytes(inet_pton(AF_INET6, text), "big")
     except (OSError, ValueError):  # ValueError: a NUL or a non-ASCII character
         raise InvalidAddressError(f"{text!r} is not one IPv4 or IPv6 address") from None
@@ -113,9 +119,3 @@ def parse_network(text: str) -> Network:
 def any_contains(networks: Iterable[Network], address: Address) -> bool:
     """Tell whether one of a few networks holds the address (for many, build a NetworkTable)."""
     return any(address in network for network in networks)
-
-
-def _text(version: Literal[4, 6], value: int) -> str:
-    if version == 4:
-        return inet_ntop(AF_INET, value.to_bytes(4, "big"))
-    return inet_ntop(AF_INET6, value.to_bytes(16, "big"))

@@ -18,7 +18,8 @@ class RequestAttributes(NamedTuple):
     path: str
     """The path with its query string, as Envoy forwards it."""
     peer_address: str | None = None
-    """The connection's peer as Envoy saw it, or None for a peer without an IP address (a Unix socket)."""
+    """The connection's peer as Envoy saw it; None for a peer without an IP address (a Unix socket), and where the
+    policy does not ask for it (`DecisionOptions.needs_peer`)."""
     external_address: str | None = None
     """The value of x-envoy-external-address; None when it is absent. Repeated headers arrive joined by a comma."""
     headers: Mapping[str, str] = MappingProxyType({})

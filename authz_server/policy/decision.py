@@ -66,7 +66,7 @@ class Denied(NamedTuple):
 
 Decision = Allowed | Denied
 
-_ALLOWED, _SHADOW = Reason.ALLOWED, Enforcement.SHADOW
+_ALLOWED, _SHADOW, _PINNED = Reason.ALLOWED, Enforcement.SHADOW, Affinity.PINNED
 _DENYING = (Reason.BLOCKED, Reason.NOT_ALLOWLISTED)
 """What a scope says to deny, the weightier first."""
 
@@ -74,7 +74,8 @@ _DENYING = (Reason.BLOCKED, Reason.NOT_ALLOWLISTED)
 def decide(attributes: RequestAttributes, snapshot: Snapshot, now: float) -> Decision:
     """Decide about one request at `now`, seconds since the Unix epoch."""
     path = RequestPath(attributes.path)
-    if not attributes.method or not (path.text.startswith("/") or path.text == "*"):
+    text = path.text
+    if not attributes.method or (text[:1] != "/" and text != "*"):
         return Denied(Reason.BAD_REQUEST)
     if path.is_too_long() or len(path.query) > MAX_QUERY_LENGTH:
         return Denied(Reason.REQUEST_TOO_LARGE)
@@ -88,11 +89,12 @@ def decide(attributes: RequestAttributes, snapshot: Snapshot, now: float) -> Dec
         return Denied(problem, address)
 
     # Each scope applies without a record too, open and enforced: else its own lists would be ignored unseen.
-    outcomes = [judge(snapshot.global_scope, snapshot.tables, address, now)]
+    tables = snapshot.tables
+    scopes: tuple[ScopeOutcome, ...] = (judge(snapshot.global_scope, tables, address, now),)
     if tenant_id is not None:
-        outcomes.append(_judge_tenant(tenant_id, snapshot, address, now))
-    outcomes += [judge(scope, snapshot.tables, address, now) for scope in _guarding(attributes.host, path, snapshot)]
-    scopes = tuple(outcomes)
+        scopes += (_judge_tenant(tenant_id, snapshot, address, now),)
+    for scope in _guarding(attributes.host, path, snapshot):
+        scopes += (judge(scope, tables, address, now),)
     reason, shadow_denials = _over_all(scopes)
     if reason is not _ALLOWED and reason in _DENYING:
         return Denied(reason, address, tenant_id, scopes, shadow_denials)
@@ -100,7 +102,8 @@ def decide(attributes: RequestAttributes, snapshot: Snapshot, now: float) -> Dec
     instance, affinity, problem = _find_instance(tenant_id, snapshot)
     if problem:
         return Denied(problem, address, tenant_id, scopes, shadow_denials)
-    return Allowed(reason, address, tenant_id, instance, affinity, scopes, shadow_denials)
+    # In half the time that the constructor takes.
+    return tuple.__new__(Allowed, (reason, address, tenant_id, instance, affinity, scopes, shadow_denials))
 
 
 def client_address(attributes: RequestAttributes, snapshot: Snapshot) -> Address | Reason:
@@ -155,9 +158,12 @@ def _guarding(host: str, path: RequestPath, snapshot: Snapshot) -> list[Scope]:
 
 def _over_all(scopes: tuple[ScopeOutcome, ...]) -> tuple[Reason, tuple[ScopeOutcome, ...]]:
     """Return what all scopes together say: each enforced one must agree; and the denials of those in shadow."""
+    for outcome in scopes:
+        if outcome.reason is not _ALLOWED:
+            break
+    else:
+        return _ALLOWED, ()  # so it is with most requests
     said = [outcome for outcome in scopes if outcome.reason is not _ALLOWED]
-    if not said:
-        return _ALLOWED, ()
     enforced = [outcome.reason for outcome in said if outcome.enforcement is Enforcement.ENFORCE]
     shadow_denials = tuple(outcome for outcome in said if outcome.enforcement is _SHADOW and outcome.denies)
     for reason in _DENYING:
@@ -180,13 +186,14 @@ def _find_instance(tenant_id: str | None, snapshot: Snapshot) -> tuple[str | Non
             return None, Affinity.NONE, None
         instance = rendezvous(tenant_id, snapshot.instances.values())
         return instance, Affinity.HASHED, None if instance else Reason.NO_ACTIVE_INSTANCE
-    if tenant.instance is None:
-        return None, Affinity.PINNED, Reason.UNREADABLE_PIN
+    instance = tenant.instance
+    if instance is None:
+        return None, _PINNED, Reason.UNREADABLE_PIN
     if tenant.held:
-        return None, Affinity.PINNED, Reason.TENANT_HELD
-    if tenant.instance not in snapshot.instances:
-        return None, Affinity.PINNED, Reason.UNKNOWN_INSTANCE
-    return tenant.instance, Affinity.PINNED, None
+        return None, _PINNED, Reason.TENANT_HELD
+    if snapshot.instances.get(instance) is None:
+        return None, _PINNED, Reason.UNKNOWN_INSTANCE
+    return instance, _PINNED, None
 
 
 def _deciding(reason: Reason, scopes: tuple[ScopeOutcome, ...]) -> ScopeOutcome | None:

@@ -44,19 +44,22 @@ class SortedNetworks:
     expiries: Section
     """Seconds since the Unix epoch, or NEVER."""
 
-    def match(self, key: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """Yield (bits of the prefix, expiry) of the networks from `start` to `end` that hold a key, longest first."""
-        row = bisect_right(self.keys, key, start, end)
+    def match(self, key: int, start: int, end: int) -> list[tuple[int, int]]:
+        """Return (bits of the prefix, expiry) of the networks from `start` to `end` that hold a key, longest first."""
+        found: list[tuple[int, int]] = []
+        keys = self.keys
+        row = bisect_right(keys, key, start, end)
         if row == start:
-            return
+            return found
         # From here on `row` is 1 + the number of the row, as in `parents`.
-        bits, keys, lengths, parents = self.bits, self.keys, self.lengths, self.parents
+        bits, lengths, parents = self.bits, self.lengths, self.parents
         while row:
             row -= 1
             length = lengths[row]
             if not (key ^ keys[row]) >> bits - length:
-                yield length, self.expiries[row]
+                found.append((length, self.expiries[row]))
             row = parents[row]
+        return found
 
     def find(self, key: int, length: int, start: int, end: int) -> int | None:
         """Return the expiry of exactly this network; None when it is not there."""
@@ -140,31 +143,31 @@ class NetworkTable:
         """How many networks differ from the columns."""
         return self._changes.count if self._changes else 0
 
-    def match(self, address: Address) -> Iterator[tuple[int, int]]:
-        """Yield (prefix length, expiry) of every network that holds the address, longest prefix first."""
+    def match(self, address: Address) -> list[tuple[int, int]]:
+        """Return (prefix length, expiry) of every network that holds the address, longest prefix first."""
+        version, value = address
+        start_4, end_4, start_6, end_6, first_group, last_group = self._ranges
+        if version == 4:
+            found = self._columns.v4.match(value, start_4, end_4)
+        else:
+            high = value >> _KEY_BITS
+            found = self._columns.v6.match(high, start_6, end_6)
+            if first_group != last_group:
+                found = self._match_long(value, high) + found
         if self._changes is None:
-            return self._match_columns(address)
+            return found
         changed = self._changes.match(address)
         if not changed:
-            return self._match_columns(address)
-        found = sorted((dict(self._match_columns(address)) | changed).items(), reverse=True)
-        return iter([(length, expiry) for length, expiry in found if expiry != _REMOVED])
+            return found
+        merged = sorted((dict(found) | changed).items(), reverse=True)
+        return [(length, expiry) for length, expiry in merged if expiry != _REMOVED]
 
-    def _match_columns(self, address: Address) -> Iterator[tuple[int, int]]:
-        start_4, end_4, start_6, end_6, first_group, last_group = self._ranges
-        if address.version == 4:
-            return self._columns.v4.match(address.value, start_4, end_4)
-        high = address.value >> _KEY_BITS
-        if first_group == last_group:
-            return self._columns.v6.match(high, start_6, end_6)
-        return self._match_long(address.value, high)
-
-    def _match_long(self, value: int, high: int) -> Iterator[tuple[int, int]]:
-        columns = self._columns
-        if rows := self._group(high):
-            for length, expiry in columns.v6_long.match(value & _LOW_KEY, *rows):
-                yield length + _KEY_BITS, expiry
-        yield from columns.v6.match(high, self._ranges[2], self._ranges[3])
+    def _match_long(self, value: int, high: int) -> list[tuple[int, int]]:
+        rows = self._group(high)
+        if rows is None:
+            return []
+        found = self._columns.v6_long.match(value & _LOW_KEY, *rows)
+        return [(length + _KEY_BITS, expiry) for length, expiry in found]
 
     def _group(self, high: int) -> tuple[int, int] | None:
         """Return from where to where the networks of more than 64 bits are that begin like this."""

@@ -83,6 +83,11 @@ class DecisionOptions:
     fold_path_case: bool = True
     """Whether a backend may ignore the letter case of paths, so that `/DOCS` is a reading of `/docs`."""
 
+    @property
+    def needs_peer(self) -> bool:
+        """Whether any decision depends on the connection's peer."""
+        return bool(self.trusted_peers) or self.missing_client_address is MissingClientAddress.PEER
+
 
 @dataclass(frozen=True, slots=True)
 class GuardedResource:

@@ -6,7 +6,7 @@ whoever could make us route by one name and the backend act on another would be 
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
 from urllib.parse import unquote_plus, unquote_to_bytes
@@ -48,6 +48,11 @@ class TenantSource:
     kind: SourceKind
     name: str
     """The header's name in lower case, the query parameter's name, or the pattern with `{tenant}` in it."""
+    read: "_Reader" = field(init=False, repr=False, compare=False)
+    """Returns what a request names there; equal values perhaps more than once."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "read", _READERS[self.kind])
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.name}"
@@ -113,15 +118,16 @@ def name_tenant(
     attributes: RequestAttributes, path: RequestPath, sources: tuple[TenantSource, ...]
 ) -> tuple[str | None, Reason | None]:
     """Return (tenant id, None), (None, None) when no tenant is named, or (None, the reason to deny)."""
-    named: list[str] = []
+    named: str | None = None
     for source in sources:
-        named += _READERS[source.kind](source.name, attributes, path)
-    if not named:
-        return None, None
-    text = named[0]
-    if len(named) > 1 and len(set(named)) > 1:
-        return None, Reason.AMBIGUOUS_TENANT
-    return (text, None) if is_identifier(text) else (None, Reason.INVALID_TENANT)
+        for text in source.read(source.name, attributes, path):
+            if named is None:
+                named = text
+            elif text != named:
+                return None, Reason.AMBIGUOUS_TENANT
+    if named is None or is_identifier(named):
+        return named, None
+    return None, Reason.INVALID_TENANT
 
 
 def _from_header(name: str, attributes: RequestAttributes, _path: RequestPath) -> Iterable[str]:
@@ -137,10 +143,11 @@ def _from_header(name: str, attributes: RequestAttributes, _path: RequestPath) -
 
 
 def _from_query(name: str, _attributes: RequestAttributes, path: RequestPath) -> Iterable[str]:
-    values = [*_query_values(path.query, name)] if path.query and _may_name(path.query, name) else []
-    if "%" in path.text:
-        for query in _queries_inside(path.text):
-            values += _query_values(query, name)
+    query, text = path.query, path.text
+    values = [*_query_values(query, name)] if query and _may_name(query, name) else []
+    if "%" in text:
+        for inner in _queries_inside(text):
+            values += _query_values(inner, name)
     return values
 
 
@@ -153,13 +160,14 @@ def _from_path(pattern: str, _attributes: RequestAttributes, path: RequestPath) 
     return _path_values(tuple(pattern.strip("/").split("/")), path.readings(fold_case=False))
 
 
-_READERS: Mapping[SourceKind, Callable[[str, RequestAttributes, RequestPath], Iterable[str]]] = {
+_Reader = Callable[[str, RequestAttributes, RequestPath], Iterable[str]]
+_READERS: Mapping[SourceKind, _Reader] = {
     SourceKind.HEADER: _from_header,
     SourceKind.QUERY: _from_query,
     SourceKind.HOST: _from_host,
     SourceKind.PATH: _from_path,
 }
-"""How to read each kind of source: given its name, the values that it names, equal ones perhaps more than once."""
+"""How to read each kind of source, given its name."""
 
 
 def _queries_inside(path: str) -> Collection[str]:
