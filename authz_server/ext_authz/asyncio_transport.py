@@ -54,7 +54,7 @@ _EVICT_AFTER_SECONDS = 0.1
 """An unfinished message that is older than this makes its connection the one to end when memory is short."""
 _FILES_SPARE = 256
 _SWEEP_SECONDS = 1.0
-_SLICE = 32
+SLICE = 32
 """So many checks are decided between two looks at the sockets: about a millisecond."""
 _LONG_SLICE = 256
 """The same when there is no room for more."""
@@ -247,7 +247,7 @@ class AsyncioTransport:
         backlog = self._backlog
         now = time.monotonic()
         # In need the sockets are looked at less often: what a look costs is shared by more calls then.
-        groups, late = backlog.take(now, _SLICE if backlog.room else _LONG_SLICE)
+        groups, late = backlog.take(now, SLICE if backlog.room else _LONG_SLICE)
         touched = set()
         for connection, stream, _, _ in late:
             touched.add(connection)
