@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from authz_server.ext_authz._generated import ext_authz_pb2
-from authz_server.ext_authz.check_response import ResponseOptions
+from authz_server.ext_authz.check_response import ResponseOptions, ResponseWriter
 from authz_server.ext_authz.checker import CannotDecideError, Checked, Checker
 from authz_server.policy.access import Entry, Mode, Scope
 from authz_server.policy.addresses import parse_network
 from authz_server.policy.affinity import Instance, Tenant
-from authz_server.policy.decision import Allowed, Denied
+from authz_server.policy.attributes import RequestAttributes
+from authz_server.policy.decision import Allowed, Decision, Denied, decide
 from authz_server.policy.reasons import Reason
 from authz_server.policy.records import entry_key, record_key
 from authz_server.policy.snapshot import DecisionOptions, Snapshot, build_snapshot
@@ -186,6 +187,57 @@ def test_leaving_the_process_is_not_mistaken_for_a_fault() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         Bench(clock=interrupted).check(request())
+
+
+def test_checks_that_came_together_are_answered_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decide_or_fail(attributes: RequestAttributes, snapshot: Snapshot, now: float) -> Decision:
+        if attributes.request_id == "fault":
+            raise ValueError(attributes.request_id)
+        return decide(attributes, snapshot, now)
+
+    def write_or_fail(writer: ResponseWriter, decision: Decision, *, request_id: str, revision: int) -> bytes:
+        if request_id == "unwritable":
+            raise ValueError(request_id)
+        return write(writer, decision, request_id=request_id, revision=revision)
+
+    write = ResponseWriter.write
+    monkeypatch.setattr("authz_server.ext_authz.checker.decide", decide_or_fail)
+    monkeypatch.setattr(ResponseWriter, "write", write_or_fail)
+    bench = Bench()
+    messages = [
+        request(),
+        GARBAGE,
+        request(x_request_id="fault"),
+        request("198.51.100.1", x_request_id="id-1"),
+        TOO_LARGE,
+        request(x_request_id="unwritable"),
+        request(x_tenant_id="acme"),
+    ]
+    reasons = [
+        "allowlisted",
+        "bad_request",
+        "internal_error",
+        "not_allowlisted",
+        "request_too_large",
+        "internal_error",
+        "allowlisted",
+    ]
+    answers = [ext_authz_pb2.CheckResponse.FromString(answer or b"") for answer in bench.checker().check_all(messages)]
+    assert [outcome(answer)[1] for answer in answers] == reasons
+    assert [option.header.value for option in answers[-1].ok_response.headers] == ["queue-3", "acme"]
+    assert '"request_id": "id-1"' in answers[3].denied_response.body
+    assert [checked.decision.reason for checked in bench.seen] == reasons
+    assert [str(checked.error or "") for checked in bench.seen] == ["", "", "fault", "", "", "unwritable", ""]
+    assert [checked.revision for checked in bench.seen] == [42, 0, 0, 42, 0, 0, 42]
+
+
+def test_without_a_snapshot_some_that_came_together_are_denied_and_the_others_are_not_decided() -> None:
+    bench = Bench(snapshot=None)
+    answers = bench.checker().check_all([request(), GARBAGE, request(), TOO_LARGE])
+    assert [answer is None for answer in answers] == [True, False, True, False]
+    assert [checked.decision.reason for checked in bench.seen] == [Reason.BAD_REQUEST, Reason.REQUEST_TOO_LARGE]
+    assert bench.unavailable == 2
+    assert bench.checker().check_all([]) == []
 
 
 def test_an_observer_that_fails_changes_no_answer_and_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:

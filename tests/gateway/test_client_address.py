@@ -262,7 +262,7 @@ def it_alone_is_admitted(row: Row) -> Snapshot:
         blocked=ADDRESSES - {it},
         pins={"acme": "queue-1"},
         instances=INSTANCES,
-        options=options(row),
+        options=options(row, MissingClientAddress.PEER),  # so that the peer is read, though no address is missing
     )
 
 
