@@ -5,13 +5,13 @@ from typing import Annotated
 import typer
 
 from authz_server.cli.changes import RemoveExpired
-from authz_server.cli.moves import LARGEST_BATCH, Moved, Mover, OnProgress
+from authz_server.cli.moves import Moved, Mover, OnProgress
 from authz_server.cli.output import Json, OutputFormat, print_json, print_table, record_json
 from authz_server.cli.session import Actor, Config, Durable, Output, Reason, RedisUrl, Wait, writing
 from authz_server.cli.times import parse_span, show_expiry
 from authz_server.policy.access import Entry
 from authz_server.policy.records import RecordKey
-from authz_server.store.interface import Store
+from authz_server.store.interface import MAX_WRITES_PER_CHANGE, Store
 from authz_server.store.keys import ENTRIES
 
 _DEFAULT_SPAN = "1h"
@@ -65,7 +65,7 @@ def cleanup(
             wishes = [RemoveExpired(key, ended_before) for key, _ in await _expired(store, ended_before)]
             if not wishes:
                 return Moved("cleanup", 0, ())
-            mover = Mover(store, writer.order, batch=LARGEST_BATCH, on_progress=show, noun="network")
+            mover = Mover(store, writer.order, batch=MAX_WRITES_PER_CHANGE, on_progress=show, noun="network")
             return await mover.at_once(wishes)
 
         writer.tell_many(act)

@@ -113,12 +113,11 @@ def _new_file(path: Path) -> Iterator[TextIO]:
 async def _export(store: Store, after: int, follows: str | None, stream: TextIO) -> list[str]:
     """Write the changes and return what could not be written, for people."""
     missing = await _gone_back(store, after, follows) if after else []
-    first = True
     while events := await store.history_after(after, count=_PAGE):
-        if first and events[0].position.revision > after + 1:
-            missing.append(f"revisions {after + 1} to {events[0].position.revision - 1} are no longer kept")
-        first = False
         for event in events:
+            if event.position.revision > after + 1:
+                missing.append(f"revisions {after + 1} to {event.position.revision - 1} are no longer kept")
+            after = event.position.revision
             _write(stream, event_json(event))
             try:
                 async for number, records in _parts(store, event):
@@ -126,7 +125,6 @@ async def _export(store: Store, after: int, follows: str | None, stream: TextIO)
                     _write(stream, {"revision": event.position.revision, "part": number, "records": rows})
             except PositionLostError as error:
                 missing.append(str(error))
-        after = events[-1].position.revision
     return missing
 
 

@@ -22,7 +22,7 @@ from authz_server.store.interface import Store
 AFFINITY = frozenset({"tenants", "instances"})
 """The collections that these commands look at."""
 
-BATCH = 200
+BATCH = 100
 SETTLE_SECONDS = 1.0
 _HOLD_WAIT_SECONDS = 10.0
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from authz_server.policy.records import Record, RecordKey, Unreadable
 
-MAX_WRITES_PER_CHANGE = 1000
+MAX_WRITES_PER_CHANGE = 250
 """A change is one script in Redis, and no script may hold Redis up for more than some milliseconds."""
 
 MAX_COLLECTIONS_REPLACED = 100

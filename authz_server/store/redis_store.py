@@ -24,6 +24,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import resources
 from itertools import islice
 from typing import Any, TypeVar
@@ -109,8 +110,8 @@ _REPLY_SECONDS = 5.0
 _RETRIES = 2
 """How often redis-py sends a command again; each time it may reconnect as often, so few is a lot."""
 _HEALTH_CHECK_SECONDS = 15
-_PAGE = 64
-"""Events in one reply; the largest events are some hundred kilobytes."""
+_PAGE = 32
+"""Events in one reply; the largest events are some hundred kilobytes, and no command may take Redis long."""
 _EVENTS_AT_ONCE, _RECORDS_AT_ONCE = 8, 20
 """So many are read in one go, less than a millisecond's work: a follower answers checks too."""
 _SCAN_COUNT = 1000
@@ -420,9 +421,8 @@ class RedisStore:
     async def _forget_differences(self) -> None:
         """Remove the differences whose events have been trimmed."""
         oldest: Any = await self._client.xrange(self._key("changes"), count=1)
-        kept: Any = await self._client.hgetall(self._key("differences"))
         first = int(oldest[0][0].partition("-")[0]) if oldest else 0
-        for change_id, revision in kept.items():
+        for change_id, revision in [line async for line in self._scan("differences")]:
             if int(revision) < first:
                 await self._client.unlink(self._key(f"difference:{change_id}"))
                 await self._client.hdel(self._key("differences"), change_id)
@@ -823,18 +823,35 @@ class RedisStore:
 
     async def history(self, *, count: int, before: int | None = None) -> list[Event]:
         """See `Store.history`."""
-        newest = "+" if before is None else f"({before}-0"
-        _, (entries,) = await self._look(
-            self._client, lambda pipe: pipe.xrevrange(self._key("changes"), max=newest, count=count)
+        return await self._history(
+            count,
+            before,
+            lambda some, last, pipe: pipe.xrevrange(
+                self._key("changes"), max="+" if last is None else f"({last}-0", count=some
+            ),
         )
-        return self._read_events(entries)
 
     async def history_after(self, revision: int, *, count: int) -> list[Event]:
         """See `Store.history_after`."""
-        _, (entries,) = await self._look(
-            self._client, lambda pipe: pipe.xrange(self._key("changes"), min=f"({revision}-0", count=count)
+        return await self._history(
+            count,
+            revision,
+            lambda some, last, pipe: pipe.xrange(self._key("changes"), min=f"({last}-0", count=some),
         )
-        return self._read_events(entries)
+
+    async def _history(
+        self, count: int, last: int | None, ask: Callable[[int, int | None, Any], object]
+    ) -> list[Event]:
+        """Read events in small replies; `ask` is told how many, and the revision that they follow on, and a pipe."""
+        events: list[Event] = []
+        while len(events) < count:
+            some = min(_PAGE, count - len(events))
+            _, (entries,) = await self._look(self._client, partial(ask, some, last))
+            events += self._read_events(entries)
+            if len(entries) < some:
+                break
+            last = events[-1].position.revision
+        return events
 
     async def find_change(self, change_id: str) -> Event | None:
         """See `Store.find_change`."""

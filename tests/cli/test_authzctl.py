@@ -606,7 +606,7 @@ def test_servers_are_listed_and_forgotten(valkey: Valkey, policy: str) -> None:
 
 
 def test_wait_is_a_yes_only_when_all_have_it(valkey: Valkey, policy: str) -> None:
-    ran = write("block", "add", "203.0.113.1", "--wait", "0", code=4)
+    ran = write("block", "add", "203.0.113.1", "--wait", "1", code=4)
     assert "Done: block.add is revision 2" in ran.out
     assert "no server has reported" in ran.err
     put_report(valkey, policy, "pod-a", with_store(valkey, policy, lambda store: store.position()))

@@ -454,7 +454,8 @@ async def test_a_load_while_others_write_is_the_state_at_its_position(
     monkeypatch.setattr("authz_server.store.redis_store._SCAN_COUNT", 10)
     start = (await writer.init()).position
     cidrs = [f"10.0.{i // 256}.{i % 256}/32" for i in range(1500)]
-    await writer.set(*((network_key(cidr), network_entry(cidr)) for cidr in cidrs[:900]))
+    for first in range(0, 900, 100):
+        await writer.set(*((network_key(cidr), network_entry(cidr)) for cidr in cidrs[first : first + 100]))
     done = asyncio.Event()
 
     async def keep_writing() -> None:
@@ -557,6 +558,19 @@ async def test_history_is_read_in_pages(store: Store, writer: Writer) -> None:
         await writer.set((Q1, Instance("q1", weight)))
     pages = [await store.history(count=4), await store.history(count=4, before=3)]
     assert [[event.position.revision for event in page] for page in pages] == [[6, 5, 4, 3], [2, 1]]
+
+
+async def test_more_history_than_comes_in_one_reply(store: Store, writer: Writer) -> None:
+    await writer.init()
+    for weight in range(1, 80):
+        await writer.set((Q1, Instance("q1", weight)))
+    for page, revisions in (
+        (await store.history(count=1000), range(80, 0, -1)),
+        (await store.history(count=70, before=78), range(77, 7, -1)),
+        (await store.history_after(3, count=70), range(4, 74)),
+        (await store.history_after(3, count=1000), range(4, 81)),
+    ):
+        assert [event.position.revision for event in page] == list(revisions)
 
 
 async def verified(store: Store) -> dict[str, int]:
