@@ -5,15 +5,19 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from support.cases import Case, PolicyRoom, cases
+from support.cases import REQUESTS_PER_POLICY, Case, PolicyRoom, cases
 from support.oracle import reasons_to_reach
 
 import authz_server.policy
 
 FEW, MANY = 10_000, 200_000
+AT_A_TIME = 50
+"""So many policies are one piece of work for a process."""
 
 
 def first_difference(room: PolicyRoom, asked: Iterable[Case]) -> str:
@@ -29,7 +33,7 @@ def first_difference(room: PolicyRoom, asked: Iterable[Case]) -> str:
 
 @pytest.fixture(scope="module")
 def few_cases() -> list[Case]:
-    return list(cases(seed=1, count=FEW))
+    return list(cases(1, range(FEW // REQUESTS_PER_POLICY)))
 
 
 def test_no_difference_in_a_few_cases(few_cases: list[Case]) -> None:
@@ -41,24 +45,34 @@ def test_a_few_cases_reach_every_reason(few_cases: list[Case]) -> None:
 
 
 def test_a_seed_means_the_same_cases_every_time(few_cases: list[Case]) -> None:
-    assert list(cases(seed=1, count=400)) == few_cases[:2]
-    assert list(cases(seed=2, count=400)) != few_cases[:2]
+    assert list(cases(1, range(2))) == few_cases[:2]
+    assert list(cases(2, range(2))) != few_cases[:2]
 
 
 @pytest.mark.integration
 @pytest.mark.timeout(300)
 def test_no_difference_in_many_cases_with_every_reason_a_thousand_times() -> None:
     """Starts no server; it is only too long for the unit part."""
+    policies = range(MANY // REQUESTS_PER_POLICY)
+    pieces = [policies[start:][:AT_A_TIME] for start in policies[::AT_A_TIME]]
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as executor:  # one for each core
+        differences, reached = zip(*executor.map(compare_with_oracle, pieces), strict=True)
+    assert "".join(differences) == ""
+    total: Counter[str] = sum(reached, Counter())
+    assert total.total() == MANY
+    assert {reason: total[reason] for reason in reasons_to_reach() if total[reason] < 1000} == {}
+
+
+def compare_with_oracle(policies: range) -> tuple[str, Counter[str]]:
+    """Return the first difference, if any, and how often the oracle gave each reason until then."""
     reached: Counter[str] = Counter()
 
     def counted() -> Iterator[Case]:
-        for case in cases(seed=2, count=MANY):
+        for case in cases(2, policies):
             reached.update(answer.reason for _, _, answer in case[1])
             yield case
 
-    assert first_difference(PolicyRoom(), counted()) == ""
-    assert reached.total() == MANY
-    assert {reason: reached[reason] for reason in reasons_to_reach() if reached[reason] < 1000} == {}
+    return first_difference(PolicyRoom(), counted()), reached
 
 
 FAULTS = {

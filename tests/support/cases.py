@@ -6,7 +6,7 @@ Everything follows from a seed. A policy comes with many requests, since buildin
 import importlib
 import ipaddress
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -208,6 +208,16 @@ BAD_ADDRESSES = (
     *("010.0.0.1", "10.0.0.256", "0x0a000001", "10.0.0.1/32", "::1::", "2001:db8::g", "\u0661.2.3.4", "10.0.0.1\0"),
     *("unknown", "\ud800", "::ffff:10.0.0.256", "1:2:3:4:5:6:7", "12345::", "localhost"),
 )
+SPELLINGS: dict[int, tuple[Callable[[Any], str], ...]] = {
+    4: (
+        *(str,) * 4,
+        lambda address: f"::ffff:{address}",
+        lambda address: "::FFFF:{:x}:{:x}".format(*divmod(int(address), 65536)),
+        lambda address: f"0:0:0:0:0:ffff:{address}",
+    ),
+    6: (*(str,) * 2, lambda address: address.exploded, lambda address: address.exploded.upper()),
+}
+"""IP version -> the ways to spell an address of it."""
 
 
 class PolicyRoom:
@@ -321,9 +331,9 @@ Case = tuple[PlainPolicy, list[tuple[PlainRequest, float, Answer]]]
 """A policy, and requests with their times and the oracle's answers."""
 
 
-def cases(seed: int, count: int, per_policy: int = REQUESTS_PER_POLICY) -> Iterator[Case]:
-    """Yield policies with `count` requests in all, the same ones for the same seed."""
-    for number in range(count // per_policy):
+def cases(seed: int, policies: range, per_policy: int = REQUESTS_PER_POLICY) -> Iterator[Case]:
+    """Yield policies, each with as many requests, the same ones for the same seed and number."""
+    for number in policies:
         maker = CaseMaker(random.Random(f"{seed}/{number}"))
         oracle = Oracle(maker.policy)
         questions = [(maker.request(), maker.now()) for _ in range(per_policy)]
@@ -484,14 +494,8 @@ class CaseMaker:
 
     def _address(self) -> str:
         """Spell an address of interest in one of its ways."""
-        rng = self.rng
-        address = rng.choice(self.addresses)
-        if address.version == 4:
-            high, low = divmod(int(address), 65536)
-            return rng.choice(
-                (*(str(address),) * 4, f"::ffff:{address}", f"::FFFF:{high:x}:{low:x}", f"0:0:0:0:0:ffff:{address}")
-            )
-        return rng.choice((str(address), address.exploded, address.exploded.upper(), f"{address}"))
+        address = self.rng.choice(self.addresses)
+        return self.rng.choice(SPELLINGS[address.version])(address)
 
     def _external(self) -> str | None:
         luck = self.rng.random()

@@ -213,28 +213,14 @@ class Oracle:
                         value.strip(" \t") for value in (header.split(",") if len(header) <= 1024 else [header])
                     )
             elif kind == "query":
-                for asked in (query, query_in(decoded_text(path)), query_in(decoded_text(decoded_text(path)))):
-                    for pair in [*asked.split("&"), *asked.replace(";", "&").split("&")]:
-                        key, _, value = pair.partition("=")
-                        if any(is_parameter(name, pattern) for name in (form_text(key), form_text(form_text(key)))):
-                            yield form_text(value)
+                for asked in (query, *queries_inside(path)):
+                    yield from parameters(asked, pattern)
             elif kind == "host":
                 host, suffix = plain_host(request.host), pattern.removeprefix("{tenant}")
                 if host.endswith(suffix) and "." not in host[: -len(suffix)]:
                     yield host[: -len(suffix)]
             else:
-                wanted = pattern.strip("/").split("/")
-                for reading in readings(path):
-                    named = [theirs for mine, theirs in zip(wanted, reading, strict=False) if mine == "{tenant}"]
-                    if (
-                        len(reading) >= len(wanted)
-                        and named[0] != ""
-                        and all(
-                            mine == "{tenant}" or same_case(mine) == same_case(theirs)
-                            for mine, theirs in zip(wanted, reading, strict=False)
-                        )
-                    ):
-                        yield named[0]
+                yield from tenants_in_path(pattern, path)
 
     def applying(self, request: PlainRequest, path: str, tenant: str | None) -> Iterator[PlainScope]:
         yield self.scopes.get("global", PlainScope("global"))
@@ -282,6 +268,42 @@ class Oracle:
         return instance, "pinned", "" if instance in self.instances else "unknown_instance"
 
 
+@lru_cache(maxsize=10_000)
+def parameters(query: str, wanted: str) -> frozenset[str]:
+    """Return the values that some backend takes for those of a parameter."""
+    return frozenset(
+        form_text(value)
+        for pair in [*query.split("&"), *query.replace(";", "&").split("&")]
+        for key, _, value in [pair.partition("=")]
+        if any(is_parameter(name, wanted) for name in (form_text(key), form_text(form_text(key))))
+    )
+
+
+@lru_cache(maxsize=10_000)
+def queries_inside(path: str) -> tuple[str, str]:
+    """Return the query that stands in a path decoded once, and in one decoded twice."""
+    return query_in(decoded_text(path)), query_in(decoded_text(decoded_text(path)))
+
+
+@lru_cache(maxsize=10_000)
+def tenants_in_path(pattern: str, path: str) -> frozenset[str]:
+    """Return what any reading of the path has in the place of the tenant."""
+    wanted, found = pattern.strip("/").split("/"), set()
+    for reading in readings(path):
+        named = [theirs for mine, theirs in zip(wanted, reading, strict=False) if mine == "{tenant}"]
+        if (
+            len(reading) >= len(wanted)
+            and named[0] != ""
+            and all(
+                mine == "{tenant}" or same_case(mine) == same_case(theirs)
+                for mine, theirs in zip(wanted, reading, strict=False)
+            )
+        ):
+            found.add(named[0])
+    return frozenset(found)
+
+
+@lru_cache(maxsize=10_000)
 def read_address(text: str) -> IPAddress | None:
     """Read exactly one address, or None; IPv4-mapped IPv6 is IPv4."""
     if "%" in text:
