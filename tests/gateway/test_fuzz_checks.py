@@ -4,22 +4,24 @@ What a message says is worked out a second time by `read_independently`, which s
 protobuf encoding itself: it walks the bytes as protobuf.dev/programming-guides/encoding says.
 """
 
+import asyncio
 import json
 import random
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import grpc
 import pytest
 from support.gateway import TENANT_HEADER_SOURCE, AuthzServer, policy
 
+from authz_server.demo.envoy_config import Address
 from authz_server.ext_authz._generated import ext_authz_pb2
 from authz_server.ext_authz.checker import Checked
+from authz_server.ext_authz.transport import TransportName
 from authz_server.policy.attributes import RequestAttributes
 from authz_server.policy.decision import Allowed, Decision, decide
 from authz_server.policy.reasons import Reason
@@ -127,7 +129,12 @@ METHODS = ("GET", "POST", "OPTIONS", "PROPFIND", "", "get", "G E T")
 # ---- The encoding, written and read without the library that the server uses -------------------------------------
 
 
+SHORT_VARINTS = [bytes([value]) for value in range(0x80)]
+
+
 def varint(value: int) -> bytes:
+    if value < 0x80:
+        return SHORT_VARINTS[value]
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
@@ -329,6 +336,13 @@ def nested(number: int, depth: int, inner: bytes = b"") -> bytes:
     return inner
 
 
+@lru_cache
+def unknown_fields() -> list[bytes]:
+    """Numbers of fields that nobody knows, so many that no two messages are likely to have the same."""
+    rng = random.Random(SEED)
+    return [varint(rng.randrange(1, 1 << 29) << 3) + varint(rng.getrandbits(64)) for _ in range(50_000)]
+
+
 def nonsense(rng: random.Random) -> bytes:
     match rng.randrange(8):
         case 0:
@@ -342,8 +356,7 @@ def nonsense(rng: random.Random) -> bytes:
         case 4:  # groups, nested and never ended
             return bytes([rng.choice((0x0B, 0x23))]) * rng.choice((1, 50, 101, 5000))
         case 5:  # many fields that nobody knows
-            numbers = (rng.randrange(1, 1 << 29) for _ in range(rng.choice((10, 1000))))
-            return b"".join(varint(number << 3) + varint(rng.getrandbits(64)) for number in numbers)
+            return b"".join(rng.choices(unknown_fields(), k=rng.choice((10, 1000))))
         case 6:  # a length that the bytes do not have
             return varint(rng.randrange(1, 20) << 3 | 2) + varint(rng.choice((1, 2**31 - 1, 2**32, 2**63, 2**64 - 1)))
         case _:  # text that is not UTF-8 in each of the fields that we read
@@ -392,41 +405,40 @@ class Observer:
             self.errors.append(checked.error)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Client:
-    """Sends messages, some at a time, and keeps the answers."""
+    """Sends messages, some at a time, and returns the answers."""
 
-    call: "grpc.UnaryUnaryMultiCallable[bytes, bytes]"
+    address: Address
 
     def answer(self, data: bytes) -> ext_authz_pb2.CheckResponse:
-        """One message's answer. Raises grpc.RpcError."""
-        answer: ext_authz_pb2.CheckResponse = ext_authz_pb2.CheckResponse.FromString(
-            self.call(data, timeout=ANSWER_SECONDS)
-        )
+        """One message's answer. Fails the test when it has none."""
+        (answer,) = self.answers([data])
         return answer
 
     def answers(self, messages: Sequence[bytes]) -> list[ext_authz_pb2.CheckResponse]:
         """Their answers. Fails the test when one has none."""
-        answers: list[ext_authz_pb2.CheckResponse | None] = [None] * len(messages)
+        return asyncio.run(self._answers(messages))
+
+    async def _answers(self, messages: Sequence[bytes]) -> list[ext_authz_pb2.CheckResponse]:
+        answers = [ext_authz_pb2.CheckResponse() for _ in messages]
         problems: list[str] = []
-        free = threading.Semaphore(IN_FLIGHT)
+        unsent = enumerate(messages)
 
-        def keep(number: int, future: "Future[bytes]") -> None:
-            try:
-                answers[number] = ext_authz_pb2.CheckResponse.FromString(future.result())
-            except grpc.RpcError as error:
-                problems.append(f"message {number}, {messages[number][:200].hex()}: {error}")
-            finally:
-                free.release()
+        async def send_one_after_another(call: "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]") -> None:
+            for number, data in unsent:
+                try:
+                    answers[number].ParseFromString(await call(data, timeout=ANSWER_SECONDS))
+                except grpc.aio.AioRpcError as error:
+                    problems.append(f"message {number}, {data[:200].hex()}: {error}")
 
-        for number, data in enumerate(messages):
-            free.acquire()
-            future = self.call.future(data, timeout=ANSWER_SECONDS)
-            future.add_done_callback(lambda done, number=number: keep(number, done))
-        for _ in range(IN_FLIGHT):
-            free.acquire()
+        host, port = self.address
+        options = [("grpc.max_send_message_length", -1), ("grpc.enable_retries", 0)]
+        async with grpc.aio.insecure_channel(f"{host}:{port}", options=options) as channel:
+            call = channel.unary_unary(CHECK)
+            await asyncio.gather(*(send_one_after_another(call) for _ in range(min(IN_FLIGHT, len(messages)))))
         assert problems == []
-        return [answer for answer in answers if answer is not None]
+        return answers
 
 
 @pytest.fixture(scope="module")
@@ -435,17 +447,21 @@ def observer() -> Observer:
 
 
 @pytest.fixture(scope="module")
-def server(observer: Observer) -> Iterator[AuthzServer]:
-    with AuthzServer(SNAPSHOT, observe=observer) as running:
+def server(request: pytest.FixtureRequest, observer: Observer) -> Iterator[AuthzServer]:
+    transport = getattr(request, "param", TransportName.AUTO)
+    with AuthzServer(SNAPSHOT, observe=observer, transport=transport) as running:
         yield running
 
 
+on_every_transport = pytest.mark.parametrize(
+    "server", [TransportName.ASYNCIO, TransportName.GRPCIO], indirect=True, ids=lambda name: name.value
+)
+"""What a message says is for the checker, how long it is for the transport too."""
+
+
 @pytest.fixture(scope="module")
-def client(server: AuthzServer) -> Iterator[Client]:
-    host, port = server.address
-    options = [("grpc.max_send_message_length", -1), ("grpc.enable_retries", 0)]
-    with grpc.insecure_channel(f"{host}:{port}", options=options) as channel:
-        yield Client(channel.unary_unary(CHECK))
+def client(server: AuthzServer) -> Client:
+    return Client(server.address)
 
 
 @pytest.fixture(autouse=True)
@@ -539,19 +555,26 @@ def test_nonsense_is_denied(client: Client) -> None:
     assert not any(lets_through(answer) for answer in answers)
 
 
-def test_a_large_message_is_denied_like_a_small_one(client: Client) -> None:
-    written = list(heavy(random.Random(SEED + 3)))
-    assert max(len(each.data) for each in written) > 3.9 * MIB
+@pytest.fixture(scope="module")
+def heavy_messages() -> list[Written]:
+    return list(heavy(random.Random(SEED + 3)))
+
+
+@on_every_transport
+def test_a_large_message_is_denied_like_a_small_one(client: Client, heavy_messages: list[Written]) -> None:
+    assert max(len(each.data) for each in heavy_messages) > 3.9 * MIB
     # One by one: what 64 of them take in memory while under way is not the server's doing.
-    assert {reason(client.answer(each.data)) for each in written} == {Reason.BLOCKED}
+    assert {reason(client.answer(each.data)) for each in heavy_messages} == {Reason.BLOCKED}
 
 
+@on_every_transport
 @pytest.mark.parametrize("size", [4 * MIB, 16 * MIB], ids=["4_MiB", "16_MiB"])
 @pytest.mark.parametrize("byte", [0x00, 0x0A, 0x0B, 0x2A, 0xFF], ids=hex)
 def test_megabytes_of_one_byte_are_denied(byte: int, size: int, client: Client) -> None:
     assert reason(client.answer(bytes([byte]) * size)) in (Reason.BAD_REQUEST, Reason.REQUEST_TOO_LARGE)
 
 
+@on_every_transport
 def test_a_header_repeated_over_and_over_does_not_stop_the_server(client: Client, observer: Observer) -> None:
     observer.slowest_seconds = 0.0
     answer = client.answer(repeated_header(300_000))

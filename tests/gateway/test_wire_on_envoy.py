@@ -13,6 +13,7 @@ from authz_server.demo.envoy_config import Address, GatewayOptions, TlsFiles, ga
 from authz_server.demo.upstreams import Upstreams
 from authz_server.ext_authz.check_response import ResponseOptions
 from authz_server.ext_authz.transport import TlsFiles as ServerTlsFiles
+from authz_server.ext_authz.transport import TransportName
 from authz_server.policy.reasons import Reason
 from authz_server.policy.snapshot import DecisionOptions, Snapshot
 
@@ -41,9 +42,15 @@ def gateway_options(authz: Address, upstreams: Upstreams, **more: Any) -> Gatewa
     return GatewayOptions(**{"authz": authz, "instances": upstreams.addresses, "timeout_seconds": 5.0, **more})
 
 
+@pytest.fixture(scope="module", params=[TransportName.ASYNCIO, TransportName.GRPCIO], ids=lambda name: name.value)
+def transport(request: pytest.FixtureRequest) -> TransportName:
+    name: TransportName = request.param
+    return name
+
+
 @pytest.fixture(scope="module")
-def running_server() -> Iterator[AuthzServer]:
-    with AuthzServer(tenants()) as running:
+def running_server(transport: TransportName) -> Iterator[AuthzServer]:
+    with AuthzServer(tenants(), transport=transport) as running:
         yield running
         assert running.faults == []
 
@@ -113,7 +120,9 @@ class TestAnswers:
         answer, _ = asked(envoy, method="HEAD", source=BLOCKED_CLIENT)
         assert (answer.status, answer.body) == (403, b"")
 
-    def test_statuses_and_headers_are_as_configured(self, running_upstreams: Upstreams) -> None:
+    def test_statuses_and_headers_are_as_configured(
+        self, transport: TransportName, running_upstreams: Upstreams
+    ) -> None:
         responses = ResponseOptions(
             routing_header="x-cell",
             tenant_header="x-customer",
@@ -121,7 +130,7 @@ class TestAnswers:
             retry_after_seconds=7,
             show_reason=True,
         )
-        with AuthzServer(tenants(), responses=responses) as server:
+        with AuthzServer(tenants(), responses=responses, transport=transport) as server:
             options = gateway_options(server.address, running_upstreams, routing_header="x-cell")
             with Envoy(gateway_config(options)) as envoy:
                 running_upstreams.clear()
@@ -182,9 +191,9 @@ class TestAccessLog:
 @pytest.mark.parametrize("fails_open", [True, False], ids=["fails_open", "fails_closed"])
 class TestNoAnswer:
     def test_no_snapshot_is_for_envoys_own_setting_to_judge(
-        self, fails_open: bool, running_upstreams: Upstreams
+        self, fails_open: bool, transport: TransportName, running_upstreams: Upstreams
     ) -> None:
-        with AuthzServer(None) as server:
+        with AuthzServer(None, transport=transport) as server:
             options = gateway_options(server.address, running_upstreams, failure_mode_allow=fails_open)
             with Envoy(gateway_config(options)) as envoy:
                 running_upstreams.clear()
@@ -205,9 +214,9 @@ class TestNoAnswer:
             assert server.faults == []
 
     def test_a_server_that_goes_is_for_envoys_own_setting_to_judge(
-        self, fails_open: bool, running_upstreams: Upstreams
+        self, fails_open: bool, transport: TransportName, running_upstreams: Upstreams
     ) -> None:
-        with AuthzServer(tenants()) as server:
+        with AuthzServer(tenants(), transport=transport) as server:
             options = gateway_options(server.address, running_upstreams, failure_mode_allow=fails_open)
             with Envoy(gateway_config(options)) as envoy:
                 assert asked(envoy, source=BLOCKED_CLIENT)[0].status == 403
@@ -257,6 +266,7 @@ class TestTls:
         server_name: str,
         connects: bool,
         tls_files: dict[str, Path],
+        transport: TransportName,
         running_upstreams: Upstreams,
     ) -> None:
         ours = ServerTlsFiles(
@@ -270,7 +280,7 @@ class TestTls:
             certificate=tls_files[client] if client else None,
             key=tls_files[f"{client}_key"] if client else None,
         )
-        with AuthzServer(tenants(), tls=ours) as server:
+        with AuthzServer(tenants(), tls=ours, transport=transport) as server:
             options = gateway_options(server.address, running_upstreams, authz_tls=theirs)
             with Envoy(gateway_config(options)) as envoy:
                 allowed = ask(envoy.address, headers=[("x-tenant-id", "acme")], source=CLIENT)
@@ -283,10 +293,10 @@ class TestTls:
             assert server.faults == []
 
     def test_plain_text_to_a_tls_server_is_no_answer(
-        self, tls_files: dict[str, Path], running_upstreams: Upstreams
+        self, tls_files: dict[str, Path], transport: TransportName, running_upstreams: Upstreams
     ) -> None:
         ours = ServerTlsFiles(certificate=tls_files["server"], key=tls_files["server_key"])
-        with AuthzServer(tenants(), tls=ours) as server:
+        with AuthzServer(tenants(), tls=ours, transport=transport) as server:
             with Envoy(gateway_config(gateway_options(server.address, running_upstreams))) as envoy:
                 assert ask(envoy.address, source=CLIENT).status == 403
             assert server.checked() == []

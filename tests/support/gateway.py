@@ -20,8 +20,8 @@ from typing import Any, Self
 from authz_server.demo.envoy_config import Address
 from authz_server.ext_authz.check_response import ResponseOptions
 from authz_server.ext_authz.checker import Checked, Checker
-from authz_server.ext_authz.grpcio_transport import GrpcioTransport
-from authz_server.ext_authz.transport import TlsFiles
+from authz_server.ext_authz.choice import choose_transport
+from authz_server.ext_authz.transport import TlsFiles, TransportName, ignore_wait
 from authz_server.health import HealthState
 from authz_server.policy.access import (
     GLOBAL_SCOPE,
@@ -127,6 +127,7 @@ class AuthzServer:
         listen_host: str = "127.0.0.1",
         max_request_bytes: int = _MAX_REQUEST_BYTES,
         observe: Callable[[Checked], None] | None = None,
+        transport: TransportName = TransportName.AUTO,
     ) -> None:
         self.snapshot = snapshot
         self.address: Address = (listen_host, 0)
@@ -136,6 +137,7 @@ class AuthzServer:
         self._tls = tls
         self._max_request_bytes = max_request_bytes
         self._observe = observe or self._remember
+        self._transport = transport
         self._checked: list[Checked] = []
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -199,7 +201,16 @@ class AuthzServer:
         )
         host = self.address[0]
         listen = f"[{host}]:0" if ":" in host else f"{host}:0"
-        transport = GrpcioTransport(checker, listen=listen, tls=self._tls, health=HealthState())
+        transport, _, _ = choose_transport(
+            self._transport,
+            checker,
+            listen=listen,
+            tls=self._tls,
+            health=HealthState(),
+            max_request_bytes=self._max_request_bytes,
+            max_wait_seconds=_ANSWER_SECONDS,  # a test may be slow, and is told so by its own time-out
+            observe_wait=ignore_wait,
+        )
         self.address = (host, await transport.start())
         self._started.set()
         try:
