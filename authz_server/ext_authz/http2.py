@@ -63,8 +63,10 @@ _MAX_UNSENT_BYTES = 1 << 20
 OPEN_STREAM_BYTES = 64 * 1024
 """What an unfinished stream is taken to cost, beside its message, because of its metadata."""
 MAX_IDLE_FRAMES = 10_000
-"""Frames that bring no call (pings, settings, windows, empty data) between two calls of `rest`. Resets are none of
-them: outside clients that abort their requests have Envoy send as many as they like."""
+"""Frames that bring no call (pings, settings, windows, empty data) between two calls of `rest`, beside what calls bring
+about. Resets are none of them: outside clients that abort their requests have Envoy send as many as they like."""
+_IDLE_FRAMES_A_CALL = 8
+"""So many more of them for each call answered since: C-core opens two windows again for each."""
 
 CHECK_PATH = "/envoy.service.auth.v3.Authorization/Check"
 
@@ -355,6 +357,8 @@ class Connection:
         self._early = _EarlyHeads()
         self._known = self._early.known
         self._idle_frames = 0
+        self._answered_before = 0
+        """Calls answered until `rest` was called."""
         self._collecting: tuple[int, int] | None = None
         """Stream and flags of a head that goes on in CONTINUATION frames."""
         self._collecting_since = 0.0
@@ -396,6 +400,7 @@ class Connection:
     def rest(self) -> None:
         """Forgive the frames that brought no call, once in a while."""
         self._idle_frames = 0
+        self._answered_before = self.answered
 
     def close(self) -> None:
         """Give back what was reserved, and forget all calls."""
@@ -542,7 +547,7 @@ class Connection:
     def _idle(self) -> None:
         """Count a frame that brings no call."""
         self._idle_frames += 1
-        if self._idle_frames > MAX_IDLE_FRAMES:
+        if self._idle_frames > MAX_IDLE_FRAMES + _IDLE_FRAMES_A_CALL * (self.answered - self._answered_before):
             raise ClientError(ENHANCE_YOUR_CALM, "many frames and no call")
 
     def _settings(self, flags: int, payload: bytes) -> None:

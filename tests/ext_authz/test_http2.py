@@ -545,6 +545,24 @@ def test_resets_of_calls_that_are_answered_break_no_rule() -> None:
     connection().receive(GREETING + frame(RST_STREAM, 0, 1, bytes(4)) * (2 * MAX_IDLE_FRAMES))
 
 
+def test_windows_that_answers_made_necessary_break_no_rule() -> None:
+    """C-core opens the windows of the connection and of the stream after each answer, however many calls a second."""
+    backlog: Backlog[Call] = Backlog(0.1)
+    made = make_connection(backlog, Memory(lambda: False), Others())
+    made.receive(GREETING)
+    opened = frame(WINDOW_UPDATE, 0, 0, b"\0\0\0\1") * 2
+    for number in range(MAX_IDLE_FRAMES):
+        stream = 2 * number + 1
+        made.receive(frame(HEADERS, END_HEADERS, stream, BLOCK) + frame(DATA, END_STREAM, stream, message(b"request")))
+        backlog.take(1.0, 1)
+        made.answer(stream, b"")
+        made.receive(opened)
+    assert made.answered == MAX_IDLE_FRAMES
+    made.rest()
+    with pytest.raises(ClientError, match="no call"):
+        made.receive(opened * MAX_IDLE_FRAMES)
+
+
 def test_settings_that_are_never_acknowledged_end_the_connection() -> None:
     calls = [
         frame(HEADERS, END_HEADERS | END_STREAM, 2 * number + 1, block(*CHECK, ("x-number", str(number))))
