@@ -115,9 +115,8 @@ FAULTS = {
     ),
     "shadow-ends-the-evaluation": (
         "decision",
-        "    for outcome in scopes:\n        if outcome.reason is reason",
-        "    for outcome in scopes:\n        if outcome.enforcement is Enforcement.SHADOW:\n            return None\n"
         "        if outcome.reason is reason",
+        "        if outcome.enforcement is _SHADOW:\n            return None\n        if outcome.reason is reason",
     ),
     "global-allow-opens-restricted-resource": (
         "decision",
