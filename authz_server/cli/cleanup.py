@@ -1,5 +1,6 @@
 """`authzctl cleanup`: takes out what no longer counts. A request never does that: it only looks at the clock."""
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated
 
 import typer
@@ -15,6 +16,7 @@ from authz_server.store.interface import MAX_WRITES_PER_CHANGE, Store
 from authz_server.store.keys import ENTRIES
 
 _DEFAULT_SPAN = "1h"
+_RECORDS_AT_ONCE = 20_000
 
 
 def cleanup(
@@ -72,16 +74,31 @@ def cleanup(
 
 
 async def _expired(store: Store, ended_before: float) -> list[tuple[RecordKey, Entry]]:
-    """Return the entries that ended before a moment, by list and network; a list at a time is read."""
+    """Return the entries that ended before a moment, by list and network."""
     found = []
-    for name in sorted(await store.record_counts()):
-        if name.startswith(ENTRIES):
-            found += [
-                (key, record)
-                for key, record in (await store.load({name})).records
-                if isinstance(record, Entry) and not record.counts_at(ended_before)
-            ]
+    for names in _some_at_a_time(await store.record_counts()):
+        found += [
+            (key, record)
+            for key, record in (await store.load(names)).records
+            if isinstance(record, Entry) and not record.counts_at(ended_before)
+        ]
     return sorted(found, key=lambda pair: (pair[0].list_name, pair[1].network))
+
+
+def _some_at_a_time(counts: Mapping[str, int]) -> Iterator[set[str]]:
+    """Yield lists that are read together: tenants may have many small ones, and not everything fits into memory."""
+    names: set[str] = set()
+    records = 0
+    for name, count in counts.items():
+        if not name.startswith(ENTRIES):
+            continue
+        if names and records + count > _RECORDS_AT_ONCE:
+            yield names
+            names, records = set(), 0
+        names.add(name)
+        records += count
+    if names:
+        yield names
 
 
 def _show(expired: list[tuple[RecordKey, Entry]], now: float, output: OutputFormat) -> None:
