@@ -22,6 +22,7 @@ from authz_server.loader import Loaded, Loader, Source, StoreLoader, release
 from authz_server.policy.records import Record, RecordKey, Unreadable
 from authz_server.policy.snapshot import DecisionOptions, Snapshot, SnapshotDraft
 from authz_server.store.interface import (
+    EVENTS_AT_ONCE,
     Event,
     InconsistentStateError,
     Position,
@@ -45,8 +46,6 @@ _SLICE = 100
 _COALESCE_SECONDS = 0.02
 """The first event of a burst is applied at once; those within this time after it are asked for together, since a
 question costs the time of some ten events."""
-_BEHIND = 50
-"""So many events in one answer mean that we are behind: the rest is asked for at once."""
 _EVENTS_TOLD_AT_ONCE = 3
 _TURN_SECONDS = 0.001
 """A check takes several turns of the event loop. With one only between two slices it would wait for many slices."""
@@ -344,7 +343,7 @@ class Refresher:
         _require_counts(snapshot, counts, position)
         self._use(snapshot, position, confirmed_at, events=len(events))
         await self._tell(events)
-        if 0 < len(events) < _BEHIND:
+        if 0 < len(events) < EVENTS_AT_ONCE:  # else we are behind: the rest is asked for at once
             await asyncio.sleep(_COALESCE_SECONDS - (self._clock() - confirmed_at))
 
     async def _tell(self, events: list[Event]) -> None:
@@ -352,7 +351,7 @@ class Refresher:
         self._remembered.extend(replace(event, records=event.records[:_RECORDS_REMEMBERED]) for event in events)
         if not self._on_event:
             return
-        pause_seconds = _TURN_SECONDS if len(events) < _BEHIND else 0.0
+        pause_seconds = _TURN_SECONDS if len(events) < EVENTS_AT_ONCE else 0.0
         untold = iter(events)
         try:
             for number, event in enumerate(untold, 1):

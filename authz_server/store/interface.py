@@ -14,6 +14,9 @@ from authz_server.policy.records import Record, RecordKey, Unreadable
 MAX_WRITES_PER_CHANGE = 250
 """A change is one script in Redis, and no script may hold Redis up for more than some milliseconds."""
 
+EVENTS_AT_ONCE = 32
+"""In one reply, for the largest have some hundred kilobytes; so many from `events_after` mean that more may follow."""
+
 MAX_COLLECTIONS_REPLACED = 100
 """As above: they are switched by one script."""
 
@@ -531,7 +534,8 @@ class Store(Protocol):
         """
 
     async def events_after(self, position: Position, *, wait_seconds: float) -> list[Event]:
-        """Return the events that follow, oldest first; wait for one up to `wait_seconds`, then return [].
+        """Return the events that follow, oldest first, at most EVENTS_AT_ONCE; wait for one up to `wait_seconds`, then
+        return [].
 
         Raises:
             PositionLostError: the position is not in this history, or the events after it were trimmed.

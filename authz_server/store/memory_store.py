@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterable
 
 from authz_server.policy.records import Record, RecordKey, Unreadable
 from authz_server.store.interface import (
+    EVENTS_AT_ONCE,
     AlreadyInitialisedError,
     Change,
     ChangeIdUsedError,
@@ -317,7 +318,7 @@ class MemoryStore:
         for index, event in enumerate(self.events):
             following = self.events[index + 1 :]
             if event.position == position and all(each.position.epoch == position.epoch for each in following):
-                return following
+                return following[:EVENTS_AT_ONCE]
         raise PositionLostError(f"revision {position.revision} as we know it is not in memory")
 
     async def history(self, *, count: int, before: int | None = None) -> list[Event]:

@@ -41,6 +41,7 @@ from authz_server.policy.access import Entry
 from authz_server.policy.records import Record, RecordKey, Unreadable
 from authz_server.store.address import RedisAddress
 from authz_server.store.interface import (
+    EVENTS_AT_ONCE,
     MAX_WRITES_PER_CHANGE,
     AlreadyInitialisedError,
     Change,
@@ -110,9 +111,7 @@ _REPLY_SECONDS = 5.0
 _RETRIES = 2
 """How often redis-py sends a command again; each time it may reconnect as often, so few is a lot."""
 _HEALTH_CHECK_SECONDS = 15
-_PAGE = 32
-"""Events in one reply; the largest events are some hundred kilobytes, and no command may take Redis long."""
-_EVENTS_AT_ONCE, _RECORDS_AT_ONCE = 8, 20
+_EVENTS_READ, _RECORDS_READ = 8, 20
 """So many are read in one go, less than a millisecond's work: a follower answers checks too."""
 _SCAN_COUNT = 1000
 """Fields in one reply, about."""
@@ -778,7 +777,9 @@ class RedisStore:
             return events
         with self._errors():
             replies: Any = await self._follower.xread(
-                {self._key("changes"): f"{position.revision}-0"}, count=_PAGE, block=max(1, int(wait_seconds * 1000))
+                {self._key("changes"): f"{position.revision}-0"},
+                count=EVENTS_AT_ONCE,
+                block=max(1, int(wait_seconds * 1000)),
             )
         if not replies:
             return await self._events_now(position)
@@ -792,7 +793,7 @@ class RedisStore:
         """
         standing, (entries,) = await self._look(
             self._follower,
-            lambda pipe: pipe.xrange(self._key("changes"), min=f"({position.revision}-0", count=_PAGE),
+            lambda pipe: pipe.xrange(self._key("changes"), min=f"({position.revision}-0", count=EVENTS_AT_ONCE),
         )
         events = await self._events(position, entries)
         if not events and standing.position != position:
@@ -806,7 +807,7 @@ class RedisStore:
         """Read stream entries and prove that they follow on each other and on the position."""
         events: list[Event] = []
         for entry_id, fields in entries:
-            if events and not len(events) % _EVENTS_AT_ONCE:
+            if events and not len(events) % _EVENTS_READ:
                 await asyncio.sleep(0)
             try:
                 event = _event(entry_id, fields, await _in_slices(read_event_records(fields.get("records", ""))))
@@ -845,7 +846,7 @@ class RedisStore:
         """Read events in small replies; `ask` is told how many, and the revision that they follow on, and a pipe."""
         events: list[Event] = []
         while len(events) < count:
-            some = min(_PAGE, count - len(events))
+            some = min(EVENTS_AT_ONCE, count - len(events))
             _, (entries,) = await self._look(self._client, partial(ask, some, last))
             events += self._read_events(entries)
             if len(entries) < some:
@@ -1136,9 +1137,9 @@ def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
 async def _in_slices(records: Iterator[EventRecord]) -> tuple[EventRecord, ...]:
     """Read the records of an event; checks have their turn in between."""
     read: list[EventRecord] = []
-    while some := list(islice(records, _RECORDS_AT_ONCE)):
+    while some := list(islice(records, _RECORDS_READ)):
         read += some
-        if len(some) == _RECORDS_AT_ONCE:
+        if len(some) == _RECORDS_READ:
             await asyncio.sleep(0)
     return tuple(read)
 

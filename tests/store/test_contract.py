@@ -19,6 +19,7 @@ from authz_server.policy.affinity import Instance, Tenant
 from authz_server.policy.records import Record, RecordKey, RecordKind, Unreadable
 from authz_server.store.address import RedisAddress
 from authz_server.store.interface import (
+    EVENTS_AT_ONCE,
     MAX_WRITES_PER_CHANGE,
     AlreadyInitialisedError,
     Change,
@@ -560,8 +561,8 @@ async def test_history_is_read_in_pages(store: Store, writer: Writer) -> None:
     assert [[event.position.revision for event in page] for page in pages] == [[6, 5, 4, 3], [2, 1]]
 
 
-async def test_more_history_than_comes_in_one_reply(store: Store, writer: Writer) -> None:
-    await writer.init()
+async def test_more_events_than_come_in_one_reply(store: Store, writer: Writer) -> None:
+    position = (await writer.init()).position
     for weight in range(1, 80):
         await writer.set((Q1, Instance("q1", weight)))
     for page, revisions in (
@@ -571,6 +572,11 @@ async def test_more_history_than_comes_in_one_reply(store: Store, writer: Writer
         (await store.history_after(3, count=1000), range(4, 81)),
     ):
         assert [event.position.revision for event in page] == list(revisions)
+    followed = []
+    while events := await store.events_after(position, wait_seconds=0):
+        followed.append(len(events))
+        position = events[-1].position
+    assert (followed, position.revision) == ([EVENTS_AT_ONCE, EVENTS_AT_ONCE, 79 - 2 * EVENTS_AT_ONCE], 80)
 
 
 async def verified(store: Store) -> dict[str, int]:
