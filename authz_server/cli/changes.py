@@ -475,9 +475,9 @@ class HoldTenant:
         if old.hold is not None:
             if old.hold.to != self.move.instance:
                 draft.refuse(f"tenant {old.id} is {hold_text(old)}: `authzctl affinity release {old.id}` ends that")
-            elif old.hold.owner != self.hold.owner:
-                draft.concern(f"tenant {old.id} is {hold_text(old)}: that move may still be under way")
             draft.keep(key)
+            if old.hold.owner != self.hold.owner:  # a danger also where nothing is written: it is switched later
+                return replace(draft.finish(), concerns=(_still_under_way(old),))
         elif old.instance == self.move.instance:
             draft.keep(key)
         elif self.move.origin not in (None, old.instance):
@@ -574,7 +574,7 @@ class ReleaseTenant:
         elif isinstance(old, Tenant) and old.held:
             draft.put(key, Tenant(old.id, old.instance), replace_=True)
             if old.hold is None or old.hold.owner != self.actor:
-                draft.concern(f"tenant {self.tenant} is {hold_text(old)}: that move may still be under way")
+                draft.concern(_still_under_way(old))
         else:
             draft.keep(key)
         return draft.finish()
@@ -973,6 +973,10 @@ def hold_text(tenant: Tenant) -> str:
         return f"held, nobody says by whom ({_pin_text(tenant)})"
     hold = tenant.hold
     return f"held by {hold.owner} since {show_moment(hold.since)} for a move to {hold.to} ({_pin_text(tenant)})"
+
+
+def _still_under_way(tenant: Tenant) -> str:
+    return f"tenant {tenant.id} is {hold_text(tenant)}: that move may still be under way"
 
 
 def counted(number: int, noun: str) -> str:

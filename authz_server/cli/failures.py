@@ -40,6 +40,12 @@ class ConfirmationNeededError(AuthzctlError):
     kind = "confirmation_needed"
 
 
+class InterruptedQuestionError(ConfirmationNeededError):
+    """Somebody was asked and went away; nothing was changed."""
+
+    exit_code = 130
+
+
 class ChangedMeanwhileError(AuthzctlError):
     """Somebody else changed what the change relies on; nothing was changed."""
 

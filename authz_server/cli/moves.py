@@ -34,6 +34,7 @@ LARGEST_BATCH = MAX_WRITES_PER_CHANGE // 2
 """Wishes in one change: each may need its own instance checked."""
 
 _RELEASE_SECONDS = 5.0
+_CONCERNS_SHOWN = 5
 
 OnProgress = Callable[[int, int, str], None]
 """Called with how many are done, of how many, and what goes on (may be empty). Must not raise."""
@@ -111,8 +112,11 @@ async def require_sound(
     """
     together = Together(tuple(wishes))
     plan = together.plan(Known(await store.read_many(together.keys())), order.now)
-    if plan.concerns:
-        confirm(plan.concerns)
+    concerns = plan.concerns
+    if len(concerns) > _CONCERNS_SHOWN:
+        concerns = (*concerns[:_CONCERNS_SHOWN], f"and {len(concerns) - _CONCERNS_SHOWN:,} more like that")
+    if concerns:
+        confirm(concerns)
 
 
 class Mover:
@@ -142,6 +146,7 @@ class Mover:
         """Carry out wishes of one action as they are."""
         for start in range(0, len(wishes), self._batch):
             try:
+                _end_if_interrupted()
                 await self._do(Together(tuple(wishes[start : start + self._batch])), counts=True)
             except (AuthzctlError, StoreError, asyncio.CancelledError) as error:
                 raise self._stopped(error, len(wishes), held=()) from error
@@ -158,6 +163,7 @@ class Mover:
         for start in range(0, len(moves), self._batch):
             batch = moves[start : start + self._batch]
             try:
+                _end_if_interrupted()
                 await self._move_strictly(batch, how, start, len(moves))
             except (AuthzctlError, StoreError, asyncio.CancelledError) as error:
                 raise self._stopped(error, len(moves), held=await self._release(batch)) from error
@@ -171,6 +177,8 @@ class Mover:
             NotAcknowledgedError: one may not, and would not acknowledge a hold either.
         """
         told = await wait_for_servers(self._store, await self._store.position(), seconds=how.wait_seconds)
+        if told.interrupted:
+            raise asyncio.CancelledError
         if not told.complete:
             raise NotAcknowledgedError(
                 ["nothing was held or moved: not every server would acknowledge a hold", *_lagging(told)],
@@ -243,6 +251,13 @@ class Mover:
             )
         exit_code = 130 if interrupted else error.exit_code if isinstance(error, AuthzctlError) else 3
         return MoveStoppedError(problems, hints, exit_code=exit_code)
+
+
+def _end_if_interrupted() -> None:
+    """Raise asyncio.CancelledError also when it was swallowed on the way, as Python 3.11's `asyncio.wait_for` may."""
+    task = asyncio.current_task()
+    if task and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _lagging(told: Acknowledgement) -> list[str]:

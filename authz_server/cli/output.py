@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 
 import typer
@@ -165,13 +165,22 @@ def waiting_shown(output: OutputFormat) -> Iterator[Callable[[Acknowledgement], 
 
 @contextmanager
 def progress_shown(output: OutputFormat) -> Iterator[OnProgress]:
-    """Show how far a command is that takes several changes: a bar on a terminal, else a line for each change."""
+    """Show how far a command is that takes several changes: a bar on a terminal, else a line for each change.
+
+    What nobody can see any more (a terminal that was closed) stops nothing.
+    """
     console = _console(stderr=True)
     if output is not OutputFormat.TABLE:
         yield lambda *_: None
         return
     if not console.is_terminal:
-        yield lambda done, total, what: None if what else console.print(plain(f"{done:,} of {total:,} done"))
+
+        def tell(done: int, total: int, what: str) -> None:
+            if not what:
+                with suppress(OSError):
+                    console.print(plain(f"{done:,} of {total:,} done"))
+
+        yield tell
         return
     columns = (
         BarColumn(bar_width=20),
@@ -182,13 +191,15 @@ def progress_shown(output: OutputFormat) -> Iterator[OnProgress]:
     task = progress.add_task("", total=None)
 
     def show(done: int, total: int, what: str) -> None:
-        progress.start()  # not before: somebody may have been asked something
-        progress.update(task, completed=done, total=total, description=escape(what))
+        with suppress(OSError):
+            progress.start()  # not before: somebody may have been asked something
+            progress.update(task, completed=done, total=total, description=escape(what))
 
     try:
         yield show
     finally:
-        progress.stop()
+        with suppress(OSError):
+            progress.stop()
 
 
 def print_notice(sentence: str, output: OutputFormat) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import re
 import shlex
+import signal
 import sys
 import time
 import uuid
@@ -10,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iter
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, TypeVar
 from urllib.parse import urlsplit
 
@@ -26,6 +28,7 @@ from authz_server.cli.failures import (
     BadInputError,
     ChangeLostError,
     ConfirmationNeededError,
+    InterruptedQuestionError,
     InterruptedWaitError,
     NoPolicyError,
     NoStoreError,
@@ -196,7 +199,8 @@ class Session:
                 await first_look(store)
                 return await question(store)
 
-        return asyncio.run(answer())
+        with _ended_as_by_ctrl_c():
+            return asyncio.run(answer())
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,10 +296,44 @@ class Writer:
             return
         if self.session.output is OutputFormat.TABLE and sys.stdin.isatty() and sys.stderr.isatty():
             print_concerns(concerns)
-            if typer.confirm("Is that meant?", err=True):
+            if _answered_yes("Is that meant?"):
                 return
             raise ConfirmationNeededError(["not confirmed: nothing was changed"])
         raise ConfirmationNeededError([*concerns, "nothing was changed: --yes confirms that this is meant"])
+
+
+def _answered_yes(question: str) -> bool:
+    """Ask on the terminal. Ctrl-C ends the question: left to asyncio, it would only be noted until the answer."""
+    noting = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return typer.confirm(question, err=True)
+    except typer.Abort as error:
+        raise InterruptedQuestionError(["interrupted: nothing was changed"]) from error
+    finally:
+        signal.signal(signal.SIGINT, noting)
+
+
+@contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """Let a command that is told to end (SIGTERM), or loses its terminal (SIGHUP), tidy up as after Ctrl-C.
+
+    Else a strict move would leave its tenants held, and their requests denied.
+    """
+
+    def interrupt(_: int, frame: FrameType | None) -> None:
+        handler = signal.getsignal(signal.SIGINT)
+        if not callable(handler):  # a shell's job in the background ignores Ctrl-C
+            raise KeyboardInterrupt
+        handler(signal.SIGINT, frame)
+
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 async def load(store: Store, only: Collection[str] | None = None) -> Snapshot:

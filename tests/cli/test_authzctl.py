@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,30 @@ def test_on_a_terminal_a_wide_block_is_asked_about(policy: str, answer: bytes, c
         os.close(ours)
         os.close(theirs)
     assert len(entries("block", "list")) == (code == 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_question_ends_with_the_command(policy: str, number: signal.Signals) -> None:
+    ours, theirs = pty.openpty()
+    try:
+        words = [sys.executable, "-m", "authz_server.cli.authzctl", "block", "add", "0.0.0.0/0", "--reason", "a test"]
+        with subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs) as asked:
+            told = b""
+            while b"Is that meant?" not in told:
+                told += os.read(ours, 65_536)
+            # One that comes before the question waits for the answer may be seen with the answer only.
+            for _ in range(10):
+                asked.send_signal(number)
+                with suppress(subprocess.TimeoutExpired):
+                    asked.wait(3)
+                    break
+            asked.kill()
+        assert asked.returncode == 130
+        assert b"interrupted: nothing was changed" in os.read(ours, 65_536)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert entries("block", "list") == []
 
 
 def test_control_characters_in_the_store_do_not_reach_the_terminal(valkey: Valkey, policy: str) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 
 import pytest
@@ -10,7 +10,7 @@ from support.policies import Writer
 from support.waiting import eventually
 
 from authz_server.cli.administration import Order
-from authz_server.cli.changes import MoveTenant, PinTenant
+from authz_server.cli.changes import HoldTenant, MoveTenant, PinTenant
 from authz_server.cli.failures import (
     MoveStoppedError,
     NotAcknowledgedError,
@@ -246,6 +246,28 @@ async def test_an_interruption_releases_what_is_held_and_the_same_again_does_the
     assert all(seen in (["q1"], ["q1", TARGETS[tenant]]) for tenant, seen in mesh.seen.items())
 
 
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "at_once"])
+async def test_an_interruption_that_is_swallowed_on_the_way_ends_the_moves_all_the_same(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch, strict: bool
+) -> None:
+    apply = mesh.store.apply
+
+    async def swallowing(change: Change) -> WriteResult:
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(0.05)
+        return await apply(change)
+
+    monkeypatch.setattr(mesh.store, "apply", swallowing)
+    mover = mesh.mover()
+    moving = asyncio.create_task(mover.strictly(DRAIN, QUICKLY) if strict else mover.at_once(DRAIN))
+    await eventually(lambda: any(done for done, _, _ in mesh.progress))
+    moving.cancel()
+    with pytest.raises(MoveStoppedError, match="of 30 tenants done") as caught:
+        await moving
+    assert caught.value.exit_code == 130
+    assert await mesh.held() == []
+
+
 async def hold(mesh: Mesh, tenant: str, to: str, owner: str = "alice") -> None:
     """As a command leaves a tenant that was killed in the middle."""
     record = Tenant(tenant, "q1", held=True, hold=Hold(owner, to, int(NOW), "a move"))
@@ -275,13 +297,19 @@ async def test_a_pin_that_cannot_be_read_is_not_moved_strictly(mesh: Mesh) -> No
     assert (await mesh.store.position()).revision == 2
 
 
-async def test_another_ones_hold_for_the_same_move_is_asked_about(mesh: Mesh) -> None:
-    await hold(mesh, "t0", "q2", "bob")
+@pytest.mark.parametrize("held", [0, 1, 7])
+async def test_another_ones_hold_for_the_same_move_is_asked_about(mesh: Mesh, held: int) -> None:
+    tenants = [move.tenant for move in DRAIN[:10]]
+    for tenant in tenants[:held]:
+        await hold(mesh, tenant, "q2", "bob")
+    await hold(mesh, tenants[9], "q2", "alice")
     asked: list[str] = []
     order = Order("alice", "r", "c", resent=False, now=NOW)
-    wish = MoveTenant("t0", "q2")
-    with pytest.raises(RefusedError, match="--strict"):
-        await require_sound(mesh.store, order, [wish], asked.extend)
+    ours = Hold("alice", "q2", int(NOW), "r")
+    wishes = [HoldTenant(MoveTenant(tenant, "q2", "q1"), ours) for tenant in tenants]
+    await require_sound(mesh.store, order, wishes, asked.extend)
+    theirs = [text for text in asked if "is held by bob" in text and "that move may still be under way" in text]
+    assert (len(theirs), asked[len(theirs) :]) == (min(held, 5), ["and 2 more like that"] if held > 5 else [])
 
 
 async def test_one_that_somebody_moved_meanwhile_is_left_alone(mesh: Mesh) -> None:
