@@ -39,6 +39,9 @@ BLOCKS = "global/block"
 INSTANCES = ("queue-1", "queue-2", "queue-3")
 ADDRESSES = tuple(Subject(f"203.0.113.{number}") for number in range(1, 7))
 TENANTS = tuple(Subject(tenant=f"tenant-{number}") for number in range(1, 5))
+FEED = "feed"
+IN_FEED = Subject("203.0.113.77")
+"""Whom only this list names, where there is one."""
 ALLOWED, BLOCKED, UNPINNED, HELD = "allowed", "blocked", "no instance", "held"
 EMPTY = {**dict.fromkeys(ADDRESSES, ALLOWED), **dict.fromkeys(TENANTS, UNPINNED)}
 """What is answered by an empty policy."""
@@ -215,6 +218,11 @@ class Fleet:
         self.row.changes += 1
         self.row.durable += durable
 
+    async def note_since(self, revision: int) -> None:
+        """Take note of the changes that others have made since a revision."""
+        for event in await self.insist(lambda: self.store.history_after(revision, count=100)):
+            self.note(event.position.change_id, event.action)
+
     # Looking
 
     async def until(self, condition: Callable[[], Any], what: str, *, seconds: float = HEAL_SECONDS) -> None:
@@ -389,7 +397,7 @@ def record_of(subject: Subject) -> RecordKey:
     """The record that decides about a subject."""
     if subject.tenant:
         return RecordKey(RecordKind.TENANT, subject.tenant)
-    return RecordKey(RecordKind.ENTRY, str(parse_network(subject.address)), BLOCKS)
+    return RecordKey(RecordKind.ENTRY, str(parse_network(subject.address)), FEED if subject == IN_FEED else BLOCKS)
 
 
 def _record(subject: Subject, answer: str) -> Record | None:

