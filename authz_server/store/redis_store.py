@@ -404,7 +404,9 @@ class RedisStore:
             for name in replacement.contents:
                 await self._client.unlink(self._key(f"staged:{replacement.change_id}:{name}"))
 
-    async def _stage(self, name: str, lines: Iterable[tuple[str, str]], *, at_once: int = _SCAN_COUNT) -> None:
+    async def _stage(
+        self, name: str, lines: Iterable[tuple[str, str]], *, at_once: int = MAX_WRITES_PER_CHANGE
+    ) -> None:
         """Write a hash in small commands; one that its writer gives up goes by itself."""
         key = self._key(name)
         with self._errors():

@@ -482,7 +482,7 @@ async def test_a_writer_killed_between_two_commands_leaves_nothing_that_counts_a
     await Writer(store).init()
     await Writer(store).set((network_key("192.0.2.0/24"), network_entry("192.0.2.0/24")))
     before = await store.load()
-    wished = await feed(store, 700)
+    wished = await feed(store, 400)
     commands = 0
     original = Redis.execute_command
 
@@ -502,7 +502,7 @@ async def test_a_writer_killed_between_two_commands_leaves_nothing_that_counts_a
         except KeyboardInterrupt:
             finished = False
     if finished or (await store.position()).revision > before.position.revision:
-        assert by_key(await store.load()) == addresses(700)
+        assert by_key(await store.load()) == addresses(400)
     else:
         assert await store.load() == before
         async for key in client.scan_iter(match=f"{{{prefix}}}:*feed-1*"):
@@ -510,7 +510,7 @@ async def test_a_writer_killed_between_two_commands_leaves_nothing_that_counts_a
     assert (await store.examine()).sound
     again = await store.replace(wished)
     assert again.result is None or not again.result.repeated
-    assert by_key(await store.load()) == addresses(700)
+    assert by_key(await store.load()) == addresses(400)
 
 
 async def test_the_difference_goes_with_its_event(valkey: Valkey, prefix: str, client: Any) -> None:
