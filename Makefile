@@ -53,6 +53,7 @@ bench: $(READY) ## Measure (minutes; needs h2load and wrk): the match table, a c
 	done
 	$(BIN)/python -m loadtest.followers
 	$(BIN)/python -m loadtest.importing
+	$(BIN)/python -m loadtest.commands
 
 lint: $(READY) ## Check format, lint and types
 	$(BIN)/ruff format --check .
