@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -299,15 +299,18 @@ class Observer:
         self._quiet_until = -math.inf
         self._not_logged = 0
 
-    def __call__(self, checked: Checked) -> None:
-        """Take note of one answer."""
-        decision, attributes, revision, seconds, error = checked
-        self._metrics.observe(decision, seconds)
-        self._decisions.note(decision, attributes, revision, seconds)
-        if self._tracing:
-            self._tracing.note(decision, attributes, revision, seconds)
-        if error is None:
-            return
+    def __call__(self, checks: Sequence[Checked]) -> None:
+        """Take note of what was answered together."""
+        self._metrics.observe([checked.decision for checked in checks], checks[0].seconds)
+        note, tracing = self._decisions.note, self._tracing
+        for decision, attributes, revision, seconds, error in checks:
+            note(decision, attributes, revision, seconds)
+            if tracing:
+                tracing.note(decision, attributes, revision, seconds)
+            if error is not None:
+                self._log_fault(error)
+
+    def _log_fault(self, error: Exception) -> None:
         now = self._clock()
         if now < self._quiet_until:
             self._not_logged += 1

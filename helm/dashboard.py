@@ -54,7 +54,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             ),
             Panel(
                 "Time to decide",
-                "From the first byte of a check read to the last byte of its answer written.",
+                "Reading, deciding and answering a check; of checks that were answered together, each its share.",
                 "s",
                 _quantiles("authz_check_seconds_bucket{PODS}[5m]", (0.5, 0.99, 0.999)),
             ),

@@ -150,7 +150,7 @@ def main() -> None:
     checkers = {
         name: Checker(lambda: snapshot, ResponseOptions(), max_request_bytes=MAX_REQUEST_BYTES, observe=observe)
         for name, observe in (
-            ("alone", lambda _checked: None),
+            ("alone", lambda _checks: None),
             ("as in the server", Observer(Metrics(), DecisionLog(LogOptions(), lambda _lines: None))),
         )
     }

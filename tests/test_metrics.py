@@ -25,8 +25,8 @@ def test_checks_are_counted_by_outcome_and_reason(reason: Reason) -> None:
     decision = Allowed(reason, ADDRESS) if reason in ALLOWING else Denied(reason)
     labels = {"outcome": "ok" if reason in ALLOWING else "denied", "reason": reason.value}
     assert metrics.registry.get_sample_value("authz_checks_total", labels) == 0, "there before its first event"
-    metrics.observe(decision, 0.0001)
-    metrics.observe(decision, 0.0002)
+    metrics.observe([decision], 0.0001)
+    metrics.observe([decision], 0.0002)
     assert metrics.registry.get_sample_value("authz_checks_total", labels) == 2
     assert metrics.registry.get_sample_value("authz_check_seconds_count") == 2
     assert metrics.registry.get_sample_value("authz_check_seconds_sum") == pytest.approx(0.0003)
@@ -35,7 +35,7 @@ def test_checks_are_counted_by_outcome_and_reason(reason: Reason) -> None:
 def test_durations_are_counted_below_every_bound_that_they_do_not_exceed() -> None:
     metrics = Metrics()
     for seconds in (0.0, 0.00002, 0.000021, 0.25, 0.26, 7.0):
-        metrics.observe(Denied(Reason.BLOCKED), seconds)
+        metrics.observe([Denied(Reason.BLOCKED)], seconds)
     (family,) = (family for family in metrics.registry.collect() if family.name == "authz_check_seconds")
     counted = {sample.labels["le"]: sample.value for sample in family.samples if sample.name.endswith("_bucket")}
     assert counted == {
@@ -68,7 +68,7 @@ def test_what_shadow_scopes_would_have_denied_is_counted_by_kind_of_scope() -> N
         ScopeOutcome("resource:docs", Enforcement.SHADOW, Reason.NOT_ALLOWLISTED),
         ScopeOutcome("resource:site", Enforcement.SHADOW, Reason.ALLOWLISTED),
     )
-    metrics.observe(Denied(Reason.BLOCKED, ADDRESS, scopes=scopes, shadow_denials=scopes[1:3]), 0.0001)
+    metrics.observe([Denied(Reason.BLOCKED, ADDRESS, scopes=scopes, shadow_denials=scopes[1:3])], 0.0001)
     for kind, expected in {"global": 0, "tenant": 1, "resource": 1}.items():
         assert metrics.registry.get_sample_value("authz_shadow_denials_total", {"scope_kind": kind}) == expected
 
@@ -76,8 +76,8 @@ def test_what_shadow_scopes_would_have_denied_is_counted_by_kind_of_scope() -> N
 def test_where_instances_come_from_is_counted_for_allowed_requests() -> None:
     metrics = Metrics()
     for affinity in (Affinity.PINNED, Affinity.PINNED, Affinity.HASHED, Affinity.NONE):
-        metrics.observe(Allowed(Reason.ALLOWED, ADDRESS, "acme", "queue-1", affinity), 0.0001)
-    metrics.observe(Denied(Reason.BLOCKED, ADDRESS), 0.0001)
+        metrics.observe([Allowed(Reason.ALLOWED, ADDRESS, "acme", "queue-1", affinity)], 0.0001)
+    metrics.observe([Denied(Reason.BLOCKED, ADDRESS)], 0.0001)
     counted = {
         source: metrics.registry.get_sample_value("authz_affinity_total", {"source": source.value})
         for source in Affinity
@@ -111,8 +111,8 @@ def test_the_busiest_tenants_of_the_last_window_are_shown_and_no_others() -> Non
 @pytest.mark.parametrize(("affinity", "tenant"), [(Affinity.HASHED, "made-up"), (Affinity.NONE, "made-up")])
 def test_tenants_that_are_not_registered_grow_nothing(affinity: Affinity, tenant: str) -> None:
     metrics = Metrics()
-    metrics.observe(Allowed(Reason.ALLOWED, ADDRESS, tenant, "queue-1", affinity), 0.0001)
-    metrics.observe(Denied(Reason.UNKNOWN_TENANT, ADDRESS, tenant), 0.0001)
+    metrics.observe([Allowed(Reason.ALLOWED, ADDRESS, tenant, "queue-1", affinity)], 0.0001)
+    metrics.observe([Denied(Reason.UNKNOWN_TENANT, ADDRESS, tenant)], 0.0001)
     assert not metrics._busiest._counts
 
 

@@ -106,16 +106,16 @@ class TestObserver:
         fault = Checked(Denied(Reason.INTERNAL_ERROR), None, 0, 0.001, RuntimeError("boom"))
         with capture_logs() as logs:
             for _ in range(5):
-                observer(fault)
+                observer([fault])
             now += FAULT_SECONDS
-            observer(fault)
+            observer([fault])
         assert [line["exc_info"] for line in logs] == [fault.error, fault.error]
         assert [line["not_logged_before"] for line in logs] == [0, 4]
 
     def test_denials_are_counted_and_not_logged(self) -> None:
         metrics = Metrics()
         with capture_logs() as logs:
-            Observer(metrics, DecisionLog(LogOptions(), None))(Checked(Denied(Reason.BLOCKED), None, 7, 0.001))
+            Observer(metrics, DecisionLog(LogOptions(), None))([Checked(Denied(Reason.BLOCKED), None, 7, 0.001)])
         assert logs == []
         labels = {"outcome": "denied", "reason": "blocked"}
         assert metrics.registry.get_sample_value("authz_checks_total", labels) == 1

@@ -32,8 +32,8 @@ class Address(NamedTuple):
 
     def __str__(self) -> str:
         version, value = self
-        if version == 4:  # which inet_ntop writes in twice the time
-            return f"{value >> 24}.{value >> 16 & 255}.{value >> 8 & 255}.{value & 255}"
+        if version == 4:
+            return inet_ntop(AF_INET, value.to_bytes(4, "big"))
         return inet_ntop(AF_INET6, value.to_bytes(16, "big"))
 
 

@@ -1,7 +1,7 @@
 """What a request causes is a denial; only our own state is an error."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -61,7 +61,7 @@ class Bench:
     snapshot: Snapshot | None = SNAPSHOT
     clock: Callable[[], float] = lambda: 1000.0
     seen: list[Checked] = field(default_factory=list)
-    observe: Callable[[Checked], None] | None = None
+    observe: Callable[[Sequence[Checked]], None] | None = None
     unavailable: int = 0
 
     def checker(self) -> Checker:
@@ -70,7 +70,7 @@ class Bench:
             ResponseOptions(),
             max_request_bytes=MAX_REQUEST_BYTES,
             clock=self._now,
-            observe=self.observe or self.seen.append,
+            observe=self.observe or self.seen.extend,
             observe_unavailable=self._count_unavailable,
         )
 
@@ -243,7 +243,7 @@ def test_without_a_snapshot_some_that_came_together_are_denied_and_the_others_ar
 def test_an_observer_that_fails_changes_no_answer_and_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
     calls = count()
 
-    def observe(_checked: Checked) -> None:
+    def observe(_checks: Sequence[Checked]) -> None:
         next(calls)
         raise RuntimeError("no disk")
 

@@ -81,9 +81,9 @@ class Served:
         )
         self.port = await self.transport.start()
 
-    def observe(self, checked: Checked) -> None:
+    def observe(self, checks: Sequence[Checked]) -> None:
         assert self.transport is not None
-        self.seen.append(checked)
+        self.seen += checks
         self.in_flight = max(self.in_flight, self.transport.in_flight)
 
     async def drain(self, grace_seconds: float) -> None:

@@ -176,6 +176,10 @@ class AuthzServer:
             raise TimeoutError(f"the server did not stop within {_STOP_SECONDS:g} s")
         self._thread = None
 
+    def _observe_each(self, checks: Sequence[Checked]) -> None:
+        for checked in checks:
+            self._observe(checked)
+
     def _remember(self, checked: Checked) -> None:
         self._checked.append(checked)
 
@@ -197,7 +201,7 @@ class AuthzServer:
             lambda: self.snapshot,
             self._responses,
             max_request_bytes=self._max_request_bytes,
-            observe=self._observe,
+            observe=self._observe_each,
         )
         host = self.address[0]
         listen = f"[{host}]:0" if ":" in host else f"{host}:0"
