@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import pytest
 from redis import Redis
-from support.process import ServerProcess, apply_writes, init_policy
+from support.process import ServerProcess, apply_writes, init_policy, start_together
 
 from authz_server.demo.valkey import Valkey
 from authz_server.policy.access import Entry, Mode, NamedList, Scope
@@ -251,9 +251,9 @@ def test_bad_data(store: Store, kind: Kind, tmp_path: Path) -> None:
         folder.mkdir()
     with ExitStack() as stack:
         new, kept = (
-            stack.enter_context(ServerProcess(folder, store.environ(has)))
-            for folder, has in zip(folders, (None, file), strict=True)
+            ServerProcess(folder, store.environ(has)) for folder, has in zip(folders, (None, file), strict=True)
         )
+        start_together(stack, new, kept)
         wait_for_saying(new, kind.says)
         counted = {
             "authz_ready": int(kind.decides is not NO_DECISION),

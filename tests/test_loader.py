@@ -21,6 +21,7 @@ from support.policies import ACME, OFFICE, Q1, Writer, contents, network_entry, 
 from support.waiting import eventually
 
 from authz_server import loader as loader_module
+from authz_server import refresher as refresher_module
 from authz_server.demo.valkey import Valkey
 from authz_server.loader import ChildLoader, LoaderError, Source
 from authz_server.policy.access import NamedList
@@ -291,6 +292,13 @@ async def test_without_a_file_nothing_is_written_anywhere(place: Place, monkeypa
     assert list(place.path.parent.iterdir()) == []
 
 
+@pytest.fixture
+def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refresher looks to the file when the store has answered, which it does late where nothing changes."""
+    monkeypatch.setattr(refresher_module, "_WAIT_SECONDS", 0.2)
+
+
+@pytest.mark.usefixtures("looks_often")
 async def test_changes_get_into_the_file_while_they_are_followed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(9)
     monkeypatch.setattr(loader_module, "REPACK_SECONDS", 0.0)
@@ -346,6 +354,7 @@ async def test_an_unreadable_record_keeps_its_last_good_value_through_file_and_l
         assert alone.snapshot.tenants["acme"] == Tenant("acme", None)
 
 
+@pytest.mark.usefixtures("looks_often")
 async def test_an_unreadable_entry_keeps_its_last_good_value_when_it_is_packed_anew(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

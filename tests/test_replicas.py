@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.policies import network_entry
-from support.process import ServerProcess, init_policy
+from support.process import ServerProcess, init_policy, start_together
 from support.proxy import LossyProxy
 from support.waiting import eventually
 
@@ -286,7 +286,8 @@ class TestProcesses:
             for name in ("pod-a", "pod-b"):
                 (tmp_path / name).mkdir()
                 environ = {"AUTHZ_REDIS_URL": own_valkey.url, "AUTHZ_REPLICA_NAME": name}
-                servers[name] = stack.enter_context(ServerProcess(tmp_path / name, environ))
+                servers[name] = ServerProcess(tmp_path / name, environ)
+            start_together(stack, *servers.values())
             for server in servers.values():
                 server.wait_ready()
             yield servers

@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 import pytest
 from support.authzctl import AuthzctlProcess
-from support.process import ServerProcess, apply_writes, init_policy
+from support.process import ServerProcess, apply_writes, init_policy, start_together
 from support.waiting import eventually
 
 from authz_server.cli.acknowledgement import Acknowledgement, wait_for_servers
@@ -54,7 +54,8 @@ def servers(own_valkey: Valkey, tmp_path: Path) -> Iterator[dict[str, ServerProc
         for name in ("pod-a", "pod-b"):
             (tmp_path / name).mkdir()
             environ = {"AUTHZ_REDIS_URL": own_valkey.url, "AUTHZ_REPLICA_NAME": name}
-            servers[name] = stack.enter_context(ServerProcess(tmp_path / name, environ))
+            servers[name] = ServerProcess(tmp_path / name, environ)
+        start_together(stack, *servers.values())
         for server in servers.values():
             server.wait_ready()
         reported = asyncio.run(all_reported(own_valkey))

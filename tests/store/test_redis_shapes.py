@@ -22,6 +22,7 @@ from authz_server.policy.affinity import Instance, Tenant
 from authz_server.policy.snapshot import DecisionOptions, build_snapshot
 from authz_server.refresher import LostChanges, Refresher
 from authz_server.replicas import Registry
+from authz_server.store import redis_store
 from authz_server.store.address import RedisAddress, RedisTls
 from authz_server.store.interface import (
     NotDurableError,
@@ -246,7 +247,8 @@ async def test_tls_to_a_server_of_another_name_is_refused(
 
 
 @pytest.mark.parametrize("how", ["kill", "pause"])
-async def test_a_failover_by_sentinels_is_followed(how: str) -> None:
+async def test_a_failover_by_sentinels_is_followed(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_store, "_REPLY_SECONDS", 1.5)  # a primary that hangs is asked three times
     with Watched() as servers:
         async with opened(servers.address) as store, opened(servers.address) as other, following(other) as refresher:
             await Writer(store).init()

@@ -8,7 +8,8 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -133,6 +134,13 @@ class ServerProcess:
             )
             answer = call(health_pb2.HealthCheckRequest(), timeout=_SECONDS, wait_for_ready=True)
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def start_together(stack: ExitStack, *servers: ServerProcess) -> None:
+    """Start servers at the same time, to be stopped by the stack."""
+    with ThreadPoolExecutor(len(servers)) as executor:
+        for _ in executor.map(stack.enter_context, servers):
+            pass
 
 
 def init_policy(url: str) -> None:
