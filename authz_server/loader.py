@@ -15,9 +15,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +36,7 @@ from authz_server.snapshot_file import (
 )
 from authz_server.store import interface
 from authz_server.store.interface import Position, Store, StoreError, StoreUnavailableError
+from authz_server.turns import Turns
 
 LOAD_SECONDS = 600.0
 """A child that takes longer hangs; a million networks take a small pod minutes."""
@@ -43,8 +45,7 @@ REPACK_SECONDS = 60.0
 REPACK_CHANGES = 20_000
 """So many changed records lie in dicts at most: they take more memory than columns, and more time to match."""
 _REPACK_PAUSE_SECONDS = 5.0
-_ROWS_PER_SLICE = 100
-_SHARDS_PER_SLICE = 16
+_ROWS_AT_ONCE = 20
 
 
 class LoaderError(StoreError):
@@ -88,7 +89,7 @@ class Loader(Protocol):
         """Tell whether to call `repack`, given how many records have changed since the last `restore`, `load` or
         `repack`, and for how long."""
 
-    async def repack(self, loaded: Loaded, changed: Collection[RecordKey]) -> Loaded:
+    async def repack(self, loaded: Loaded, changed: Iterable[RecordKey]) -> Loaded:
         """Return the same policy, built anew from numbers, and keep it for `restore`.
 
         Args:
@@ -127,7 +128,7 @@ class StoreLoader:
         del changes, seconds
         return False
 
-    async def repack(self, loaded: Loaded, changed: Collection[RecordKey]) -> Loaded:
+    async def repack(self, loaded: Loaded, changed: Iterable[RecordKey]) -> Loaded:
         """See `Loader.repack`."""
         del changed
         return loaded
@@ -215,18 +216,18 @@ class ChildLoader:
             return seconds >= REPACK_SECONDS
         return seconds >= self._max_age_seconds / 4
 
-    async def repack(self, loaded: Loaded, changed: Collection[RecordKey]) -> Loaded:
+    async def repack(self, loaded: Loaded, changed: Iterable[RecordKey]) -> Loaded:
         """See `Loader.repack`."""
         confirmed_at = time.time() - (time.monotonic() - loaded.confirmed_at)
         position = {name: getattr(loaded.position, name) for name in ("epoch", "revision", "change_id")}
         order = {"position": position, "confirmed_at": confirmed_at, "base": self._packed}
 
         async def rows() -> AsyncIterator[bytes]:
-            keys = list(self._stood_in.union(changed))
-            for start in range(0, len(keys), _ROWS_PER_SLICE):
-                some = keys[start : start + _ROWS_PER_SLICE]
+            turns = Turns()
+            keys = chain(self._stood_in, changed)
+            while some := list(islice(keys, _ROWS_AT_ONCE)):
                 yield b"".join(json.dumps(change_row(key, loaded.snapshot)).encode() + b"\n" for key in some)
-                await asyncio.sleep(0)  # `drain` waits for nothing as long as the pipe takes it all
+                await turns.take()  # `drain` waits for nothing as long as the pipe takes it all
 
         try:
             # All but the networks is objects, packed or not, and takes long to make.
@@ -288,11 +289,12 @@ async def _unpacked(packed: PackedSnapshot, slices: Iterator[Snapshot | None], s
     gc_was_on = gc.isenabled()
     # What is built here stays: a collection in the midst of it would only stop everything to find that out.
     gc.disable()
+    turns = Turns()
     try:
         for done in slices:
             snapshot = done
             gc.freeze()
-            await asyncio.sleep(0)
+            await turns.take()
     finally:
         if gc_was_on:
             gc.enable()
@@ -302,13 +304,30 @@ async def _unpacked(packed: PackedSnapshot, slices: Iterator[Snapshot | None], s
 
 
 async def release(snapshot: Snapshot) -> None:
-    """Let go of a snapshot that nobody uses any more in slices: freeing a million objects at once takes long."""
+    """Let go of a snapshot that nobody uses any more in steps: freeing a million objects at once takes long."""
+    turns = Turns()
+    shards, memories = await _parts(snapshot, turns)
+    del snapshot
+    while shards:
+        shards.pop()
+        await turns.take()
+    for memory in memories:
+        with contextlib.suppress(BufferError):  # somebody uses it after all, and it goes with the last one who does
+            await asyncio.to_thread(memory.close)  # giving back its pages takes long, too
+
+
+async def _parts(snapshot: Snapshot, turns: Turns) -> tuple[list[dict[Any, Any]], set[mmap.mmap]]:
+    """Return the dicts that a snapshot consists of, and the memory that its networks are read from."""
     mappings = (snapshot.tables, snapshot.tenants, snapshot.scopes, snapshot.resources, snapshot.problems)
     shards: list[dict[Any, Any]] = [shard for mapping in mappings for shard in mapping.shards]
-    del snapshot, mappings
-    while shards:
-        del shards[-_SHARDS_PER_SLICE:]
-        await asyncio.sleep(0)
+    memories = set()
+    for table in snapshot.tables.values():
+        shards += table.change_shards()
+        keys = table.placed[0].v4.keys
+        if isinstance(keys, memoryview) and isinstance(keys.obj, mmap.mmap):
+            memories.add(keys.obj)
+        await turns.take()
+    return shards, memories
 
 
 def _new_memory() -> int:

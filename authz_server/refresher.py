@@ -17,9 +17,10 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from authz_server.loader import Loaded, Loader, Source, StoreLoader, release
-from authz_server.policy.records import Record, RecordKey, Unreadable
+from authz_server.policy.records import Record, RecordKey, RecordKeys, Unreadable
 from authz_server.policy.snapshot import DecisionOptions, Snapshot, SnapshotDraft
 from authz_server.store.interface import (
     EVENTS_AT_ONCE,
@@ -32,6 +33,7 @@ from authz_server.store.interface import (
     UnknownFormatError,
 )
 from authz_server.store.keys import record_key_of
+from authz_server.turns import Turns
 
 _WAIT_SECONDS = 5.0
 _FIRST_DELAY_SECONDS = 0.05
@@ -41,14 +43,11 @@ _VERIFY_AN_INCIDENT_SECONDS = 5.0
 """People are mending it and want to see that it is over."""
 _LARGEST_DIFFERENCE = 50_000
 """A replacement of more records is not applied but loaded: that is done beside the checks, this between them."""
-_SLICE = 100
-"""So many records are applied at once; then checks have their turn."""
+_RECORDS_AT_ONCE = 50
+"""So many records are applied at once, some 0.3 ms of work; then checks have their turn."""
 _COALESCE_SECONDS = 0.02
 """The first event of a burst is applied at once; those within this time after it are asked for together, since a
 question costs the time of some ten events."""
-_EVENTS_TOLD_AT_ONCE = 3
-_TURN_SECONDS = 0.001
-"""A check takes several turns of the event loop. With one only between two slices it would wait for many slices."""
 _REMEMBERED = 1000
 """Events that can be named should the store lose them."""
 _RECORDS_REMEMBERED = 20
@@ -58,7 +57,6 @@ _LONGEST_DELAY_OF_AN_INCIDENT_SECONDS = 10.0
 """People have to end an incident, and until then every attempt reads everything."""
 _FIRST_LOOK_SECONDS = 1.0
 """So long the store may take to confirm a snapshot of an earlier process before that is used unconfirmed."""
-_COPIES_PER_SLICE = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,11 +155,11 @@ class Refresher:
         self._verify_at = -math.inf
         self._incident = ""
         self._edited: tuple[str, ...] = ()
-        self._changed: set[RecordKey] = set()
+        self._changed = RecordKeys()
         """The records that changed since the loader was last at work."""
         self._changed_since = -math.inf
         self._repacking: asyncio.Task[Loaded] | None = None
-        self._repacked: frozenset[RecordKey] = frozenset()
+        self._repacked = RecordKeys()
         """What the loader takes into account at the moment."""
         self._releasing: set[asyncio.Task[None]] = set()
 
@@ -285,8 +283,7 @@ class Refresher:
         task = self._repacking
         if task is None:
             if self._loader.is_repack_due(len(self._changed), self._clock() - self._changed_since):
-                self._repacked = frozenset(self._changed)
-                self._changed.clear()
+                self._repacked, self._changed = self._changed, RecordKeys()
                 self._changed_since = self._clock()
                 loaded = Loaded(self._last, self._position, self.status.confirmed_at, Source.REDIS)
                 self._repacking = asyncio.create_task(self._loader.repack(loaded, self._repacked))
@@ -294,17 +291,21 @@ class Refresher:
         if not task.done():
             return
         self._repacking = None
+        packed, self._repacked = self._repacked, RecordKeys()
         try:
             repacked = task.result()
         except Exception:  # noqa: BLE001 - the loader told why, and the snapshot in use is none the worse
-            self._changed |= self._repacked
+            self._changed.update(packed)
             return
-        draft = SnapshotDraft(repacked.snapshot)
-        for number, key in enumerate(self._changed):
-            draft.copy(key, self._last)
-            if number % _COPIES_PER_SLICE == 0:
-                await asyncio.sleep(0)
-        snapshot = draft.done(self._last.revision)
+        snapshot = repacked.snapshot.with_changes(self._last.revision, ())
+        turns = Turns()
+        changed = iter(self._changed)
+        while some := list(islice(changed, _RECORDS_AT_ONCE)):
+            draft = SnapshotDraft(snapshot)
+            for key in some:
+                draft.copy(key, self._last)
+            snapshot = draft.done(snapshot.revision)
+            await turns.take()
         self._replace(snapshot)
         self.current = snapshot if self.current is not None else None
 
@@ -317,7 +318,7 @@ class Refresher:
             task.add_done_callback(self._releasing.discard)
 
     async def _stop_repacking(self) -> None:
-        self._changed.clear()
+        self._changed = RecordKeys()
         self._changed_since = self._clock()
         if self._repacking is not None:
             self._repacking.cancel()
@@ -329,57 +330,64 @@ class Refresher:
         wait_seconds = self._wait_seconds if self.status.connected else 0.0
         events = await self._store.events_after(position, wait_seconds=wait_seconds)
         confirmed_at = self._clock()
+        turns = Turns()
         counts: dict[str, int] = {}
         changes: list[tuple[RecordKey, Record | Unreadable | None]] = []
         for event in events:
             if event.parts:
-                snapshot = await self._apply_parts(await self._apply(snapshot, position.revision, changes), event)
+                snapshot = await self._apply(snapshot, position.revision, changes, turns)
+                snapshot = await self._apply_parts(snapshot, event, turns)
                 changes.clear()
             changes += ((item.key, item.record) for item in event.records)
             counts.update(event.counts)
             position = event.position
         if events:
-            snapshot = await self._apply(snapshot, position.revision, changes)
+            snapshot = await self._apply(snapshot, position.revision, changes, turns)
         _require_counts(snapshot, counts, position)
         self._use(snapshot, position, confirmed_at, events=len(events))
-        await self._tell(events)
+        await self._tell(events, turns)
         if 0 < len(events) < EVENTS_AT_ONCE:  # else we are behind: the rest is asked for at once
             await asyncio.sleep(_COALESCE_SECONDS - (self._clock() - confirmed_at))
 
-    async def _tell(self, events: list[Event]) -> None:
+    async def _tell(self, events: list[Event], turns: Turns) -> None:
         """Tell of events that were applied; checks have their turn in between."""
-        self._remembered.extend(replace(event, records=event.records[:_RECORDS_REMEMBERED]) for event in events)
+        for event in events:
+            if len(event.records) > _RECORDS_REMEMBERED:
+                self._remembered.append(replace(event, records=event.records[:_RECORDS_REMEMBERED]))
+            else:
+                self._remembered.append(event)
         if not self._on_event:
             return
-        pause_seconds = _TURN_SECONDS if len(events) < EVENTS_AT_ONCE else 0.0
         untold = iter(events)
         try:
-            for number, event in enumerate(untold, 1):
+            for event in untold:
                 self._on_event(event)
-                if number % _EVENTS_TOLD_AT_ONCE == 0:
-                    await asyncio.sleep(pause_seconds)
+                await turns.take()
         finally:
             for event in untold:  # we were cancelled, and these are applied all the same
                 self._on_event(event)
 
-    async def _apply_parts(self, snapshot: Snapshot, event: Event) -> Snapshot:
+    async def _apply_parts(self, snapshot: Snapshot, event: Event, turns: Turns) -> Snapshot:
         revision = event.position.revision
         if event.size > _LARGEST_DIFFERENCE:
             raise PositionLostError(f"revision {revision} changed {event.size} records: loading them is cheaper")
-        async for part in self._store.difference(event):
-            snapshot = await self._apply(snapshot, revision, [(item.key, item.record) for item in part])
-            await asyncio.sleep(0)
+        async for some in self._store.difference(event):
+            snapshot = await self._apply(snapshot, revision, [(item.key, item.record) for item in some], turns)
         return snapshot
 
     async def _apply(
-        self, snapshot: Snapshot, revision: int, changes: list[tuple[RecordKey, Record | Unreadable | None]]
+        self,
+        snapshot: Snapshot,
+        revision: int,
+        changes: list[tuple[RecordKey, Record | Unreadable | None]],
+        turns: Turns,
     ) -> Snapshot:
         """Return the snapshot after changes; if they are many, checks have their turn between them."""
-        self._changed.update(key for key, _ in changes)
-        for start in range(0, len(changes) or 1, _SLICE):
-            if start:
-                await asyncio.sleep(0)
-            snapshot = snapshot.with_changes(revision, changes[start : start + _SLICE])
+        for start in range(0, len(changes) or 1, _RECORDS_AT_ONCE):
+            some = changes[start : start + _RECORDS_AT_ONCE]
+            self._changed.update(key for key, _ in some)
+            snapshot = snapshot.with_changes(revision, some)
+            await turns.take()
         return snapshot
 
     def _use(

@@ -16,14 +16,15 @@ OURS = "authz_server"
 
 ROOMS_BELOW: dict[str, frozenset[str]] = {
     "policy": frozenset(),
-    "store": frozenset({"policy"}),
+    "store": frozenset({"policy", "turns"}),
     "ext_authz": frozenset({"policy", "health"}),
-    "refresher": frozenset({"policy", "store", "loader"}),
-    "loader": frozenset({"policy", "store", "snapshot_file"}),
+    "refresher": frozenset({"policy", "store", "loader", "turns"}),
+    "loader": frozenset({"policy", "store", "snapshot_file", "turns"}),
     "packing": frozenset({"policy", "store", "snapshot_file"}),
     "snapshot_file": frozenset({"policy", "store"}),
     "replicas": frozenset({"policy", "store"}),
     "health": frozenset({"policy"}),
+    "turns": frozenset(),
     "metrics": frozenset({"policy", "refresher", "loader", "health", "store", "ext_authz", "replicas"}),
     "decision_log": frozenset({"policy", "observation"}),
     "logs": frozenset({"policy"}),

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from support.waiting import eventually
 from authz_server import loader as loader_module
 from authz_server import refresher as refresher_module
 from authz_server.demo.valkey import Valkey
-from authz_server.loader import ChildLoader, LoaderError, Source
+from authz_server.loader import ChildLoader, LoaderError, Source, release
 from authz_server.policy.access import NamedList
 from authz_server.policy.affinity import Instance, Tenant
 from authz_server.policy.snapshot import DecisionOptions, Snapshot, build_snapshot
@@ -383,6 +384,25 @@ async def test_an_unreadable_entry_keeps_its_last_good_value_when_it_is_packed_a
         assert refresher.status.loads == 2
     assert is_as_it_was(place.in_file())
     assert place.in_file().problems.keys() == {block, ACME}
+
+
+async def test_the_memory_of_a_snapshot_goes_when_it_is_let_go_of_and_nobody_uses_it(place: Place) -> None:
+    await place.writer.init()
+    await place.writer.set((network_key("10.0.0.0/8"), network_entry("10.0.0.0/8")))
+    loader = place.loader()
+    try:
+        loaded = await loader.load(None)
+    finally:
+        loader.close()
+    table = loaded.snapshot.tables["office"]
+    memory = table.placed[0].v4.keys.obj  # type: ignore[union-attr]
+    await release(replace(loaded.snapshot))
+    assert not memory.closed
+    assert len(list(table.items())) == 1
+    releasing = asyncio.create_task(release(loaded.snapshot))
+    del table, loaded
+    await releasing
+    assert memory.closed
 
 
 async def test_a_child_ends_with_the_process_that_started_it(place: Place) -> None:

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -55,6 +56,15 @@ def test_a_line_cannot_be_forged_by_what_is_logged(capsys: pytest.CaptureFixture
     set_up_logging("info", "json")
     structlog.get_logger("ours").info("change", reason='x"}\n{"event": "forged"}')
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_disk_that_is_full_stops_nobody_who_tells_of_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    with io.TextIOWrapper(Path("/dev/full").open("wb", buffering=0), write_through=True) as stream:
+        with pytest.raises(OSError, match="No space left"):
+            stream.write("x")
+        monkeypatch.setattr("sys.stderr", stream)
+        set_up_logging("info", "json")
+        structlog.get_logger("ours").info("said")
 
 
 @pytest.mark.parametrize(("level", "expected"), [("debug", 4), ("info", 3), ("warning", 2), ("error", 1)])

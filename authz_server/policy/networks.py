@@ -205,6 +205,13 @@ class NetworkTable:
         if self._changes:
             yield from self._changes.items()
 
+    def change_shards(self) -> Iterator[dict[int, int]]:
+        """Yield the dicts that hold the changes, for whoever lets go of them one after the other."""
+        if self._changes:
+            for layers in self._changes.layers.values():
+                for _, _, layer in layers:
+                    yield from layer.shards
+
     def _column_items(self) -> Iterator[tuple[Network, int]]:
         start_4, end_4, start_6, end_6, first_group, last_group = self._ranges
         v4, v6, long = self._columns.v4, self._columns.v6, self._columns.v6_long

@@ -1,5 +1,6 @@
 """The records that a policy is made of, and the keys that name them."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -31,6 +32,29 @@ class RecordKey:
     def __str__(self) -> str:
         where = f" in list {self.list_name}" if self.list_name else ""
         return f"{self.kind} {self.name}{where}"
+
+
+class RecordKeys:
+    """A set of keys, kept as texts: a hundred thousand objects would hold everything up whenever the garbage collector
+    goes through them, and when they are let go of."""
+
+    __slots__ = ("_names",)
+
+    def __init__(self) -> None:
+        self._names: dict[tuple[RecordKind, str], set[str]] = {}
+
+    def update(self, keys: Iterable[RecordKey]) -> None:
+        """Add keys."""
+        for key in keys:
+            self._names.setdefault((key.kind, key.list_name), set()).add(key.name)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._names.values()))
+
+    def __iter__(self) -> Iterator[RecordKey]:
+        for (kind, list_name), names in self._names.items():
+            for name in names:
+                yield RecordKey(kind, name, list_name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,22 +29,23 @@ class Sharded(Mapping[K, V]):
     such look-ups."""
 
     def __init__(self, items: Iterable[tuple[K, V]] = ()) -> None:
-        self._take(({},))
+        self._take(({},), 0)
         draft = ShardedDraft(self)
         for key, value in items:
             draft.put(key, value)
-        self._take(draft.done().shards)
+        made = draft.done()
+        self._take(made.shards, len(made))
 
     @classmethod
-    def _of(cls, shards: tuple[dict[K, V], ...]) -> Self:
+    def _of(cls, shards: tuple[dict[K, V], ...], size: int) -> Self:
         mapping = cls.__new__(cls)
-        mapping._take(shards)
+        mapping._take(shards, size)
         return mapping
 
-    def _take(self, shards: tuple[dict[K, V], ...]) -> None:
+    def _take(self, shards: tuple[dict[K, V], ...], size: int) -> None:
         self.shards = shards
         """Each key is in the one that its hash modulo their number says; for look-ups that cannot afford a call."""
-        self._size = sum(map(len, shards))
+        self._size = size
         # Not a bound method, which would tie the mapping to itself, to be freed by the collector only.
         self.get = shards[0].get if len(shards) == 1 else partial(_find, shards)
 
@@ -75,7 +76,9 @@ class ShardedDraft(Generic[K, V]):
 
     def __init__(self, before: Sharded[K, V]) -> None:
         self._shards = list(before.shards)
-        self._own = [False] * len(self._shards)
+        self._size = len(before)
+        self._own: set[int] = set()
+        """The numbers of the shards that are not shared."""
 
     def get(self, key: K) -> V | None:
         """Return the value of a key as it is now, or None."""
@@ -84,26 +87,28 @@ class ShardedDraft(Generic[K, V]):
     def put(self, key: K, value: V | None) -> None:
         """Set the value of a key, or remove the key where the value is None."""
         number = hash(key) % len(self._shards)
-        if not self._own[number]:
-            self._own[number] = True
+        if number not in self._own:
+            self._own.add(number)
             self._shards[number] = self._shards[number].copy()
         shard = self._shards[number]
+        self._size -= len(shard)
         if value is None:
             shard.pop(key, None)
         else:
             shard[key] = value
+        self._size += len(shard)
         if len(self._shards) == 1 and len(shard) > _LARGE:
             self._cut(_SHARDS)
 
     def done(self) -> Sharded[K, V]:
         """Return the mapping as it is now; the draft must not be used any more."""
-        if len(self._shards) > 1 and sum(map(len, self._shards)) < _LARGE // 4:
+        if len(self._shards) > 1 and self._size < _LARGE // 4:
             self._cut(1)
-        return Sharded._of(tuple(self._shards))
+        return Sharded._of(tuple(self._shards), self._size)
 
     def _cut(self, count: int) -> None:
         cut: list[dict[K, V]] = [{} for _ in range(count)]
         for shard in self._shards:
             for key, value in shard.items():
                 cut[hash(key) % count][key] = value
-        self._shards, self._own = cut, [True] * count
+        self._shards, self._own = cut, set(range(count))

@@ -517,7 +517,7 @@ class Store(Protocol):
         """
 
     def difference(self, event: Event) -> AsyncIterator[tuple[EventRecord, ...]]:
-        """Yield the records of a replacement, part by part.
+        """Yield the records of a replacement, some at a time.
 
         Raises:
             PositionLostError: they are not kept any more: load in full.

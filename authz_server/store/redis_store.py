@@ -17,7 +17,6 @@ Every write is one script that compares before it sets. redis-py sends a command
 before the reply; the change id makes that harmless. No command works on more than some thousand records.
 """
 
-import asyncio
 import json
 import re
 import secrets
@@ -99,6 +98,7 @@ from authz_server.store.keys import (
     share,
     wished_texts,
 )
+from authz_server.turns import Turns
 
 T = TypeVar("T")
 Client = Redis | RedisCluster
@@ -111,8 +111,8 @@ _REPLY_SECONDS = 5.0
 _RETRIES = 2
 """How often redis-py sends a command again; each time it may reconnect as often, so few is a lot."""
 _HEALTH_CHECK_SECONDS = 15
-_EVENTS_READ, _RECORDS_READ = 8, 20
-"""So many are read in one go, less than a millisecond's work: a follower answers checks too."""
+_RECORDS_AT_ONCE = 20
+"""Read at once of what a replacement changed: half a millisecond's work, and few objects."""
 _SCAN_COUNT = 1000
 """Fields in one reply, about."""
 _LOAD_ATTEMPTS = 5
@@ -431,13 +431,16 @@ class RedisStore:
     async def difference(self, event: Event) -> AsyncIterator[tuple[EventRecord, ...]]:
         """See `Store.difference`."""
         key = self._key(f"difference:{event.position.change_id}")
+        turns = Turns()
         for number in range(event.parts):
             with self._errors():
                 text: Any = await self._follower.hget(key, str(number))
             if text is None:
                 raise PositionLostError(f"what revision {event.position.revision} changed is not kept any more")
             try:
-                yield await _in_slices(read_event_records(text))
+                for some in _batched(read_event_records(text), _RECORDS_AT_ONCE):
+                    yield tuple(some)
+                    await turns.take()
             except ValueError as error:
                 raise PositionLostError(f"what revision {event.position.revision} changed: {error}") from None
 
@@ -808,11 +811,10 @@ class RedisStore:
     async def _events(self, position: Position, entries: list[tuple[str, dict[str, str]]]) -> list[Event]:
         """Read stream entries and prove that they follow on each other and on the position."""
         events: list[Event] = []
+        turns = Turns()
         for entry_id, fields in entries:
-            if events and not len(events) % _EVENTS_READ:
-                await asyncio.sleep(0)
             try:
-                event = _event(entry_id, fields, await _in_slices(read_event_records(fields.get("records", ""))))
+                event = _event(entry_id, fields, await _read_records(fields.get("records", ""), turns))
             except ValueError as error:
                 raise PositionLostError(f"the event {entry_id} in {self._where} cannot be read: {error}") from None
             follows = (position.epoch, position.revision + 1, position.change_id)
@@ -850,7 +852,7 @@ class RedisStore:
         while len(events) < count:
             some = min(EVENTS_AT_ONCE, count - len(events))
             _, (entries,) = await self._look(self._client, partial(ask, some, last))
-            events += self._read_events(entries)
+            events += await self._read_events(entries)
             if len(entries) < some:
                 break
             last = events[-1].position.revision
@@ -866,13 +868,14 @@ class RedisStore:
             _, (entries,) = await self._look(
                 self._client, lambda pipe: pipe.xrange(self._key("changes"), min=entry_id, max=entry_id)
             )
-            events = self._read_events(entries)
+            events = await self._read_events(entries)
         return next((event for event in events if event.position.change_id == change_id), None)
 
-    def _read_events(self, entries: Sequence[tuple[str, dict[str, str]]]) -> list[Event]:
+    async def _read_events(self, entries: Sequence[tuple[str, dict[str, str]]]) -> list[Event]:
+        turns = Turns()
         try:
             return [
-                _event(entry_id, fields, tuple(read_event_records(fields.get("records", ""))))
+                _event(entry_id, fields, await _read_records(fields.get("records", ""), turns))
                 for entry_id, fields in entries
             ]
         except ValueError as error:
@@ -1136,13 +1139,12 @@ def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield part
 
 
-async def _in_slices(records: Iterator[EventRecord]) -> tuple[EventRecord, ...]:
-    """Read the records of an event; checks have their turn in between."""
-    read: list[EventRecord] = []
-    while some := list(islice(records, _RECORDS_READ)):
-        read += some
-        if len(some) == _RECORDS_READ:
-            await asyncio.sleep(0)
+async def _read_records(text: str, turns: Turns) -> tuple[EventRecord, ...]:
+    """Read the records of an event; a follower answers checks meanwhile."""
+    read = []
+    for record in read_event_records(text):
+        read.append(record)
+        await turns.take()
     return tuple(read)
 
 

@@ -1,0 +1,38 @@
+"""Long work leaves the event loop to others, by time and not by number."""
+
+import asyncio
+
+from authz_server.turns import Turns
+
+
+async def steps_of(piece_seconds: float, pieces: int) -> list[int]:
+    """Do so many pieces of work that take so long, and return how many others saw done whenever they had a turn."""
+    now = 0.0
+    done = 0
+    seen: list[int] = []
+    turns = Turns(lambda: now)
+
+    async def watch() -> None:
+        while True:
+            seen.append(done)
+            await asyncio.sleep(0)
+
+    watching = asyncio.create_task(watch())
+    for _ in range(pieces):
+        now += piece_seconds
+        done += 1
+        await turns.take()
+    watching.cancel()
+    return sorted(set(seen))
+
+
+async def test_a_step_ends_when_it_has_lasted_a_millisecond() -> None:
+    assert await steps_of(0.0003, 12) == [4, 8, 12]
+
+
+async def test_each_piece_that_takes_longer_is_a_step() -> None:
+    assert await steps_of(0.005, 3) == [1, 2, 3]
+
+
+async def test_short_work_is_one_step() -> None:
+    assert await steps_of(0.0001, 5) == []
