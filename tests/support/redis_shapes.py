@@ -18,14 +18,9 @@ from authz_server.store.address import RedisAddress
 
 PRIMARY = "policy"
 SECONDS = 30.0
-SENTINEL_MS = {
-    "INFO-PERIOD": 200,
-    "PING-PERIOD": 100,
-    "ASK-PERIOD": 100,
-    "PUBLISH-PERIOD": 200,
-    "MIN-LINK-RECONNECT-PERIOD": 200,
-}
-"""How often a Sentinel looks."""
+SENTINEL_MS = {"PUBLISH-PERIOD": 200, "ASK-PERIOD": 100, "INFO-PERIOD": 1000}
+"""How often a Sentinel tells of itself, asks the others, looks at servers. Its pings stay as they are: by their pace it
+judges for how long a replica may have been silent and still be taken."""
 _SLOTS = 16384
 
 
@@ -99,7 +94,7 @@ class Watched:
         child.start()
         self._stack.callback(child.kill)
         wait_until(lambda: call(port, "PING"), f"Sentinel {port} answers")
-        # What it does every one, two or ten seconds is done far more often, so that it learns of the others sooner.
+        # More often than every one, two or ten seconds, so that it learns of the others sooner.
         call(port, "SENTINEL", "DEBUG", *(word for item in SENTINEL_MS.items() for word in item))
         return port
 
