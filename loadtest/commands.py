@@ -57,10 +57,8 @@ class Slowlog:
     def commands(self) -> list[tuple[float, str]]:
         """Milliseconds and beginning of each command since then, the slowest first; also of those in scripts."""
         logged: Any = self._client.slowlog_get(100_000)
-        return sorted(
-            ((entry["duration"] / 1000, entry["command"][:50].decode("ascii", "replace")) for entry in logged),
-            reverse=True,
-        )
+        commands = [(entry["duration"] / 1000, entry["command"][:50].decode("ascii", "replace")) for entry in logged]
+        return sorted((each for each in commands if not each[1].startswith("SLOWLOG")), reverse=True)
 
 
 class Report:

@@ -61,10 +61,10 @@ def test_what_ended_long_ago_is_taken_out(valkey: Valkey, policy: str) -> None:
     shown = run("cleanup", "--dry-run", "-o", "json").json["expired"]
     assert (len(shown), shown[0]["list"], shown[0]["network"]) == (300, "office", "10.0.0.0/32")
     assert "10.0.1.43/32" in run("cleanup", "--dry-run").out
-    assert "Done: cleanup of 300 networks, 2 changes, revisions 5 to 6." in run("cleanup").out
+    assert "Done: cleanup of 300 networks, 3 changes, revisions 5 to 7." in run("cleanup").out
     assert "Nothing to do for cleanup" in run("cleanup").out
     assert "Nothing has expired for so long." in run("cleanup", "--dry-run").out
-    assert "Done: cleanup of 1 network, revision 7." in write("cleanup", "--older-than", "0").out
+    assert "Done: cleanup of 1 network, revision 8." in write("cleanup", "--older-than", "0").out
     left = run("list", "show", "office", "-o", "json")
     assert left.code == 1, "no list of this name was made, only its entries"
     assert "'soon' is not a span" in run("cleanup", "--older-than", "soon").err
