@@ -522,10 +522,11 @@ class RedisStore:
         if only is None:
             lines = [line async for line in self._scan("counts")]
         else:
-            names = list(only)
-            with self._errors():
-                texts: Any = await self._follower.hmget(self._key("counts"), names)
-            lines = [(name, text) for name, text in zip(names, texts, strict=True) if text is not None]
+            lines = []
+            for names in _batched(only, _SCAN_COUNT):
+                with self._errors():
+                    texts: Any = await self._follower.hmget(self._key("counts"), names)
+                lines += [(name, text) for name, text in zip(names, texts, strict=True) if text is not None]
         for name, text in lines:
             try:
                 record_key_of(name, "")

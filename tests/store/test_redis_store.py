@@ -1,6 +1,7 @@
 """What only a real server can show: lost replies, permissions, full memory, damaged keys, secrets in messages."""
 
 import asyncio
+import re
 import secrets
 from collections.abc import AsyncIterator
 from typing import Any
@@ -14,6 +15,8 @@ from authz_server.demo.valkey import Valkey
 from authz_server.policy.affinity import Instance, Tenant
 from authz_server.policy.records import RecordKey, RecordKind, Unreadable
 from authz_server.store.interface import (
+    EVENTS_AT_ONCE,
+    MAX_WRITES_PER_CHANGE,
     CollectionTouchedError,
     DurabilityError,
     InconsistentStateError,
@@ -473,6 +476,45 @@ async def test_a_collection_touched_while_its_replacement_is_prepared_is_left_al
         await store.replace(await feed(store, 1500))
     assert by_key(await store.load()) == {network_key("192.0.2.0/24"): network_entry("192.0.2.0/24")}
     assert not [key async for key in client.scan_iter(match=f"{{{prefix}}}:staged:*")]
+
+
+async def test_no_command_works_on_many_records(own_valkey: Valkey) -> None:
+    """Redis does one thing after the other: whatever takes it long holds up every server and every writer."""
+    store = RedisStore(own_valkey.url)
+    async with Redis.from_url(own_valkey.url) as client:
+        await client.config_set("slowlog-max-len", 100_000)
+        await client.config_set("slowlog-log-slower-than", 0)
+        try:
+            start = (await Writer(store).init()).position
+            for number in range(100):
+                await Writer(store).set((Q1, Instance("q1", number + 1)))
+            lists = [(network_key("192.0.2.0/24", f"list-{number}"), "192.0.2.0/24") for number in range(1100)]
+            for first in range(0, len(lists), MAX_WRITES_PER_CHANGE):
+                part = lists[first : first + MAX_WRITES_PER_CHANGE]
+                await Writer(store).set(*((key, network_entry(cidr)) for key, cidr in part))
+            await store.replace(await feed(store, 1100))
+            await store.replace(Replacement("gone", start.epoch, "feed", "daily", "import", {"entries:office": {}}))
+            while events := await store.events_after(start, wait_seconds=0):
+                start = events[-1].position
+            await store.history(count=1000)
+            await store.history_after(0, count=1000)
+            await store.find_change("nobody's")
+            await store.load()
+            await store.load({f"entries:list-{number}" for number in range(1100)})
+            await store.read_many(key for key, _ in lists)
+            await store.verify(0)
+            await store.confirm(await store.examine(), actor="ann", reason="a test", change_id="confirmed")
+        finally:
+            await store.close()
+        sent = [entry["command"].decode("utf-8", "replace") for entry in await client.slowlog_get(100_000)]
+    assert {command.split()[0] for command in sent} >= {"HSET", "HSCAN", "HMGET", "EVALSHA", "XRANGE", "XREVRANGE"}
+    for command in sent:
+        name = command.split()[0]
+        assert name not in ("HGETALL", "HKEYS", "HVALS", "KEYS"), command
+        if count := re.search(r" COUNT (\d+)$", command):
+            assert int(count[1]) <= (EVENTS_AT_ONCE if name.startswith("X") else 1000), command
+        if more := re.search(r"\((\d+) more arguments\)$", command):
+            assert int(more[1]) <= (9 * MAX_WRITES_PER_CHANGE if name == "EVALSHA" else 1000), command
 
 
 @pytest.mark.parametrize("after", range(1, 9))
