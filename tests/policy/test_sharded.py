@@ -7,6 +7,9 @@ from authz_server.policy.sharded import Sharded
 
 EDITS = st.lists(st.tuples(st.integers(-5, 5) | st.text("ab", max_size=2), st.none() | st.integers(0, 9)), max_size=20)
 LARGE = 10_000
+PLAIN: list[dict[object, int]] = [{f"key {number}": number for number in range(size)} for size in (0, 3, LARGE)]
+SHARDED = [Sharded(plain.items()) for plain in PLAIN]
+"""Made once: they never change."""
 
 
 def edited(mapping: dict[object, int], edits: list[tuple[object, int | None]]) -> dict[object, int]:
@@ -24,9 +27,7 @@ def edited(mapping: dict[object, int], edits: list[tuple[object, int | None]]) -
 def test_it_is_a_dict_and_a_draft_changes_only_the_next_one(
     first: list[tuple[object, int | None]], then: list[tuple[object, int | None]]
 ) -> None:
-    for size in (0, 3, LARGE):
-        plain: dict[object, int] = {f"key {number}": number for number in range(size)}
-        before = Sharded(plain.items())
+    for plain, before in zip(PLAIN, SHARDED, strict=True):
         for edits in (first, then):
             draft = before.draft()
             for key, value in edits:
@@ -38,7 +39,7 @@ def test_it_is_a_dict_and_a_draft_changes_only_the_next_one(
             for key, _ in [*first, *then]:
                 assert after.get(key) == expected.get(key)
                 assert (key in after) is (key in expected)
-            before, plain = after, expected
+            before, plain = after, expected  # noqa: PLW2901 - the second edits are of what the first made
 
 
 def test_it_grows_and_shrinks_through_all_its_forms() -> None:
