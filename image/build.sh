@@ -18,9 +18,9 @@ dependencies)
     "$prefix/bin/python" $pip install --no-cache-dir --no-compile --require-hashes --only-binary :all: -r requirements.txt
     ;;
 package)
-    "${PYTHON:-python3}" -m venv "$build"
+    "${PYTHON:-python3}" -m venv --without-pip "$build"
     # shellcheck disable=SC2086
-    "$build/bin/python" $pip install --no-cache-dir --require-hashes --only-binary :all: -r requirements-build.txt
+    "$prefix/bin/python" $pip --python "$build/bin/python" install --no-cache-dir --require-hashes --only-binary :all: -r requirements-build.txt
     "$build/bin/python" -m hatchling build --target wheel --directory "$build/dist"
     # shellcheck disable=SC2086
     "$prefix/bin/python" $pip install --no-cache-dir --no-compile --no-deps --no-index "$build"/dist/*.whl
@@ -33,7 +33,7 @@ package)
     done
     rm -f "$prefix"/bin/activate* "$prefix"/bin/Activate*
     # Nothing is written when it runs, so bytecode must be there. Unchecked: it depends on no file time.
-    "$prefix/bin/python" -m compileall -q --invalidation-mode unchecked-hash "$prefix/lib"
+    "$prefix/bin/python" -m compileall -q -j 0 --invalidation-mode unchecked-hash "$prefix/lib"
     ;;
 *)
     echo "$0: $step is neither dependencies nor package" >&2
