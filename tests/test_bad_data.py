@@ -162,6 +162,8 @@ class Kind:
     unreadable: int = 0
     edited: int = 0
     incident: int = 0
+    degraded: tuple[str, ...] = ()
+    """Scopes that use a list with an unreadable entry, by /snapshot."""
     told_to_all: bool = True
     """Whether a server that has the policy in its file says it too."""
 
@@ -202,14 +204,32 @@ KINDS = {
         SOUND | {"office to acme": "denied"},
         SAID_BY_NAME + "entries:office",
         unreadable=1,
+        degraded=("tenant:acme",),
         **HAND_EDITED,
     ),
-    # The one kind that opens something: a block that nobody can read. /snapshot names the scope as degraded.
+    "JSON of a block cut off": Kind(
+        lambda client: client.hset(BLOCKS, "198.51.100.0/24", '{"author":"a'),
+        SOUND,
+        SAID_BY_NAME + "entries:global/block",
+        unreadable=1,
+        degraded=("global",),
+        **HAND_EDITED,
+    ),
+    "JSON of an allow cut off": Kind(
+        lambda client: client.hset(OFFICE, "203.0.113.0/24", '{"author":"a'),
+        SOUND | {"office to acme": "denied"},
+        SAID_BY_NAME + "entries:office",
+        unreadable=1,
+        degraded=("tenant:acme",),
+        **HAND_EDITED,
+    ),
+    # The one kind that opens something: a block of which nobody can read the network. Its scope is degraded.
     "host bits in a block": Kind(
         lambda client: rename_field(client, BLOCKS, "198.51.100.0/24", "198.51.100.7/24"),
         SOUND | {"blocked": "ok"},
         SAID_BY_NAME + "entries:global/block",
         unreadable=1,
+        degraded=("global",),
         **HAND_EDITED,
     ),
     "an unknown format": Kind(
@@ -265,8 +285,8 @@ def test_bad_data(store: Store, kind: Kind, tmp_path: Path) -> None:
         assert new.get("/readyz")[0] == (503 if kind.decides is NO_DECISION else 200)
         assert decisions(new) == kind.decides
         assert {name: new.metric(name) for name in counted} == counted
-        if "blocked" in kind.decides and kind.decides["blocked"] == "ok":
-            assert new.get_json("/snapshot")["degraded_scopes"] == ["global"]
+        if kind.decides is not NO_DECISION:
+            assert new.get_json("/snapshot")["degraded_scopes"] == list(kind.degraded)
 
         wait_for_saying(kept, kind.says if kind.told_to_all else "connected")
         assert kept.get("/readyz")[0] == 200

@@ -27,6 +27,8 @@ from authz_server.demo.valkey import Valkey
 from authz_server.loader import ChildLoader, LoaderError, Source, release
 from authz_server.policy.access import NamedList
 from authz_server.policy.affinity import Instance, Tenant
+from authz_server.policy.networks import NEVER, UNREADABLE
+from authz_server.policy.records import RecordKind
 from authz_server.policy.snapshot import DecisionOptions, Snapshot, build_snapshot
 from authz_server.refresher import Refresher
 from authz_server.snapshot_file import open_packed
@@ -344,15 +346,22 @@ async def test_many_changes_are_packed_also_without_a_file(place: Place, monkeyp
 
 async def test_an_unreadable_record_keeps_its_last_good_value_through_file_and_load(place: Place) -> None:
     await place.writer.init()
+    block, other = (network_key(cidr, "global/block") for cidr in ("10.0.0.0/8", "11.0.0.0/8"))
+    await place.writer.set((block, network_entry(block.name)), (other, network_entry(other.name)))
     await place.writer.set((ACME, Tenant("acme", "q1")), (Q1, Instance("q1")))
     async with place.running(place.loader()) as refresher:
-        await eventually(at_revision(refresher, 2))
+        await eventually(at_revision(refresher, 3))
         await place.spoil("tenants", "acme")
+        await place.spoil("entries:global/block", block.name)
         loaded = await place.loader().load(refresher.current)
         assert loaded.snapshot.tenants["acme"] == Tenant("acme", "q1")
-        assert list(loaded.snapshot.problems) == [ACME]
-        alone = await place.loader().load(None)
-        assert alone.snapshot.tenants["acme"] == Tenant("acme", None)
+        assert [loaded.snapshot.expiry(key) for key in (block, other)] == [NEVER, NEVER]
+        assert set(loaded.snapshot.problems) == {ACME, block}
+        alone = (await place.loader().load(None)).snapshot
+        assert alone.tenants["acme"] == Tenant("acme", None)
+        assert [alone.expiry(key) for key in (block, other)] == [UNREADABLE, NEVER]
+        assert (alone.networks, alone.count(RecordKind.ENTRY, "global/block")) == (2, 2)
+        assert alone.degraded_scopes() == ("global",)
 
 
 @pytest.mark.usefixtures("looks_often")
@@ -365,7 +374,7 @@ async def test_an_unreadable_entry_keeps_its_last_good_value_when_it_is_packed_a
     await place.writer.set((block, network_entry("10.0.0.0/8")), (ACME, Tenant("acme", "q1")), (Q1, Instance("q1")))
 
     def is_as_it_was(snapshot: Snapshot) -> bool:
-        return snapshot.expiry(block) is not None and snapshot.tenants["acme"] == Tenant("acme", "q1")
+        return snapshot.expiry(block) == NEVER and snapshot.tenants["acme"] == Tenant("acme", "q1")
 
     async with place.running(place.loader()) as refresher:
         await eventually(at_revision(refresher, 2))

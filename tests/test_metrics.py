@@ -228,4 +228,4 @@ def test_figures_of_a_snapshot() -> None:
     assert registry.get_sample_value("authz_snapshot_unreadable_records") == 1
     assert registry.get_sample_value("authz_snapshot_degraded_scopes") == 1
     kinds = ("lists", "entries", "scopes", "resources", "tenants", "instances")
-    assert [registry.get_sample_value("authz_snapshot_records", {"kind": kind}) for kind in kinds] == [0] * 6
+    assert [registry.get_sample_value("authz_snapshot_records", {"kind": kind}) for kind in kinds] == [0, 1, 0, 0, 0, 0]

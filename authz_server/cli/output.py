@@ -550,8 +550,10 @@ def _mode(outcome: ScopeOutcome, explanation: Explanation) -> str:
     return (explanation.snapshot.scopes.get(outcome.scope) or Scope(outcome.scope)).mode
 
 
-def _entry(match: ListMatch, explanation: Explanation) -> Entry:
-    return explanation.snapshot.entries[match.list_name][match.network]
+def _entry(match: ListMatch, explanation: Explanation) -> Entry | Unreadable:
+    snapshot = explanation.snapshot
+    problem = snapshot.problems.get(RecordKey(RecordKind.ENTRY, str(match.network), match.list_name))
+    return snapshot.entries[match.list_name][match.network] if problem is None else Unreadable(problem)
 
 
 def _scope_lines(outcome: ScopeOutcome, explanation: Explanation) -> Iterable[Text | Padding]:
@@ -572,6 +574,10 @@ def _scope_lines(outcome: ScopeOutcome, explanation: Explanation) -> Iterable[Te
         yield Text("    no entry of its lists holds the address", "dim")
         return
     entry = _entry(outcome.match, explanation)
+    if isinstance(entry, Unreadable):
+        problem = plain(f"{entry.problem}; its network blocks all the same")
+        yield Padding(problem, (0, 0, 0, 4), expand=False)
+        return
     owner = f", owner {entry.owner}" if entry.owner else ""
     yield Padding(
         plain(

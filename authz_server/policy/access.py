@@ -11,7 +11,7 @@ from string import ascii_lowercase, ascii_uppercase
 from typing import NamedTuple
 
 from authz_server.policy.addresses import MAX_PREFIX_LENGTH, Address, Network
-from authz_server.policy.networks import NEVER, NetworkTable
+from authz_server.policy.networks import NEVER, UNREADABLE, NetworkTable
 from authz_server.policy.paths import PathPattern
 from authz_server.policy.reasons import Reason
 
@@ -57,7 +57,7 @@ class Entry:
     @property
     def expiry(self) -> int:
         """What a match table keeps of the entry: the second from which it does not count."""
-        return NEVER if self.expires_at is None else self.expires_at
+        return NEVER if self.expires_at is None else self.expires_at or 1  # 0 is UNREADABLE
 
     def counts_at(self, now: float) -> bool:
         """Tell whether the entry still counts at `now`, seconds since the Unix epoch."""
@@ -83,7 +83,7 @@ class ListMatch(NamedTuple):
     list_name: str
     network: Network
     expires_at: int | None = None
-    """Seconds since the Unix epoch; None: it never expires."""
+    """Seconds since the Unix epoch; None: it never expires, or nobody can read when."""
 
 
 class ScopeOutcome(NamedTuple):
@@ -179,10 +179,13 @@ def normalize_host(host: str) -> str:
 
 
 def judge(scope: Scope, tables: Mapping[str, NetworkTable], address: Address, now: float) -> ScopeOutcome:
-    """Say what a scope makes of an address at `now` (seconds since the Unix epoch)."""
+    """Say what a scope makes of an address at `now` (seconds since the Unix epoch).
+
+    A network whose entry cannot be read blocks, and allows nothing.
+    """
     lists = scope.lists
     allow = _longest_match(lists[_ALLOW], tables, address, now)
-    block = _longest_match(lists[_BLOCK], tables, address, now)
+    block = _longest_match(lists[_BLOCK], tables, address, now, unreadable_too=True)
     if block and (allow is None or block[0] >= allow[0]):
         return ScopeOutcome(scope.name, scope.enforcement, Reason.BLOCKED, _list_match(address, block))
     if allow:
@@ -208,7 +211,11 @@ _Match = tuple[int, int, str]
 
 
 def _longest_match(
-    list_names: tuple[str, ...], tables: Mapping[str, NetworkTable], address: Address, now: float
+    list_names: tuple[str, ...],
+    tables: Mapping[str, NetworkTable],
+    address: Address,
+    now: float,
+    unreadable_too: bool = False,
 ) -> _Match | None:
     """Return the longest match that still counts; of equal ones, that of the list named first."""
     best: _Match | None = None
@@ -219,7 +226,7 @@ def _longest_match(
         for prefix_length, expiry in table.match(address):
             if best and prefix_length <= best[0]:
                 break
-            if now < expiry:
+            if now < expiry or (unreadable_too and expiry == UNREADABLE):
                 best = (prefix_length, expiry, list_name)
                 break
     return best
@@ -229,7 +236,7 @@ def _list_match(address: Address, match: _Match) -> ListMatch:
     prefix_length, expiry, list_name = match
     shift = MAX_PREFIX_LENGTH[address.version] - prefix_length
     network = Network(address.version, address.value >> shift << shift, prefix_length)
-    return ListMatch(list_name, network, None if expiry == NEVER else expiry)
+    return ListMatch(list_name, network, None if expiry in (NEVER, UNREADABLE) else expiry)
 
 
 def _host_matches(pattern: str, host: str) -> bool:

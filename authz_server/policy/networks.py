@@ -18,6 +18,9 @@ from authz_server.policy.sharded import Sharded, ShardedDraft
 
 NEVER = 1 << 48
 """The expiry of what does not expire: later than any second that calendars name, so comparing is enough."""
+UNREADABLE = 0
+"""In the place of an expiry: the network is there, and nobody can read what is said of it. As an expiry it is long
+over, so that it allows nothing; that it blocks all the same is `access.judge`'s work."""
 _REMOVED = -1
 """In a table's changes: the columns have the network, the table has not."""
 

@@ -2,8 +2,9 @@
 
 A snapshot is built from records once, then carried forward by changes; both ways give the same snapshot. A record
 that cannot be read keeps its last good value. Without one the policy closes: an unreadable scope is restricted and
-enforced, an unreadable resource is the whole site, an unreadable pin denies. An unreadable entry cannot be
-applied; it is named in `problems`, and the scopes that use its list in `degraded_scopes`.
+enforced, an unreadable resource is the whole site, an unreadable pin denies. Of an unreadable entry the network is
+known, unless it is that which cannot be read: it blocks, and allows nothing. It is named in `problems`, and the scopes
+that use its list in `degraded_scopes`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,7 +24,7 @@ from authz_server.policy.access import (
 )
 from authz_server.policy.addresses import InvalidNetworkError, Network, parse_network
 from authz_server.policy.affinity import Instance, InstanceState, Tenant
-from authz_server.policy.networks import ColumnsDraft, NetworkTable
+from authz_server.policy.networks import UNREADABLE, ColumnsDraft, NetworkTable
 from authz_server.policy.paths import PathPattern, first_name, fold_case, parse_path_pattern
 from authz_server.policy.records import Record, RecordKey, RecordKind, Unreadable
 from authz_server.policy.sharded import Sharded, ShardedDraft
@@ -155,7 +156,8 @@ class Snapshot:
         return record
 
     def expiry(self, key: RecordKey) -> int | None:
-        """Return the expiry that counts under the key of an entry, or None when there is no such network."""
+        """Return the expiry that counts under the key of an entry (UNREADABLE: see there), or None when there is no
+        such network."""
         table = self.tables.get(key.list_name)
         network = _network(key)
         return table.get(network) if table is not None and network else None
@@ -163,7 +165,7 @@ class Snapshot:
     def count(self, kind: RecordKind, list_name: str = "") -> int:
         """Return how many records of a kind (of entries: in one list) this snapshot was made from.
 
-        An unreadable entry that nothing stands in for is counted too, though it is in no table.
+        An unreadable entry of an unreadable network is counted too, though it is in no table.
         """
         if kind is not RecordKind.ENTRY:
             return len(getattr(self, _FIELDS[kind]))
@@ -212,7 +214,7 @@ class SnapshotDraft:
             self._lists_changed |= key.kind is RecordKind.ENTRY
         if isinstance(value, Unreadable):
             self.put_problem(key, value.problem)
-            if key.kind is not RecordKind.ENTRY and self._draft(key.kind).get(key.name) is None:
+            if self._is_missing(key):
                 self.keep(key, _closed(key))
         elif isinstance(value, Entry):
             self._entries.setdefault(key.list_name, {})[value.network] = value.expiry
@@ -220,6 +222,19 @@ class SnapshotDraft:
             self.keep(key, None)
         else:
             self.keep(key, value)
+
+    def _is_missing(self, key: RecordKey) -> bool:
+        """Tell whether nothing counts under a key."""
+        if key.kind is not RecordKind.ENTRY:
+            return self._draft(key.kind).get(key.name) is None
+        network = _network(key)
+        if network is None:
+            return True
+        entries = self._entries.get(key.list_name, {})
+        if network in entries:
+            return entries[network] is None
+        table = self._tables.get(key.list_name)
+        return table is None or table.get(network) is None
 
     def keep(self, key: RecordKey, value: Kept | int | None) -> None:
         """Set what counts under a key, of an entry its expiry, whether or not there is a problem with the record."""
@@ -277,21 +292,21 @@ class SnapshotDraft:
         return draft
 
     def _apply_entries(self) -> None:
+        made: dict[str, NetworkTable] = {}
         if not len(self._before.tables):
             # Much at once: columns, which all lists share.
             columns = ColumnsDraft()
             places = [
                 (name, columns.add((network, expiry) for network, expiry in items.items() if expiry is not None))
                 for name, items in self._entries.items()
+                if self._tables.get(name) is None
             ]
-            made = columns.columns()
-            tables = [(name, NetworkTable(made, *place)) for name, place in places]
-        else:
-            tables = [
-                (name, (self._tables.get(name) or NetworkTable()).with_changes(items.items()))
-                for name, items in self._entries.items()
-            ]
-        for name, table in tables:
+            shared = columns.columns()
+            made = {name: NetworkTable(shared, *place) for name, place in places}
+        for name, items in self._entries.items():
+            table = made.get(name)
+            if table is None:
+                table = (self._tables.get(name) or NetworkTable()).with_changes(items.items())
             self._networks += len(table) - len(self._tables.get(name) or ())
             self._tables.put(name, table if len(table) else None)
 
@@ -375,8 +390,8 @@ def _network(key: RecordKey) -> Network | None:
     return network if str(network) == key.name else None
 
 
-def _closed(key: RecordKey) -> Kept | None:
-    """Return what stands in for a record that cannot be read and has no last good value; None if nothing can."""
+def _closed(key: RecordKey) -> Kept | int:
+    """Return what stands in for a record that cannot be read and has no last good value; of an entry, its expiry."""
     match key.kind:
         case RecordKind.SCOPE:
             return Scope(key.name, Mode.RESTRICTED, Enforcement.ENFORCE)
@@ -389,4 +404,4 @@ def _closed(key: RecordKey) -> Kept | None:
         case RecordKind.LIST:
             return NamedList(key.name)
         case RecordKind.ENTRY:
-            return None
+            return UNREADABLE

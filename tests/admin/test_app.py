@@ -132,7 +132,7 @@ async def test_snapshot_tells_what_it_is() -> None:
         "age_seconds": 2.0,
         "counts": {
             "lists": 0,
-            "entries": 0,
+            "entries": 1,
             "scopes": 1,
             "resources": 0,
             "tenants": 0,

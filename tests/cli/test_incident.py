@@ -89,6 +89,16 @@ def test_an_edited_record_is_named_and_can_be_confirmed(call: Call, client: Any,
 
 @pytest.mark.integration
 @pytest.mark.usefixtures("policy")
+def test_a_block_that_cannot_be_read_is_explained(call: Call, client: Any, prefix: str) -> None:
+    client.hset(f"{{{prefix}}}:entries:global/block", "203.0.113.0/24", "{}")
+    shown = " ".join(call("explain", "203.0.113.9", code=0).output.split())
+    assert "'reason' is missing; its network blocks all the same" in shown
+    told = json.loads(call("explain", "203.0.113.9", "-o", "json").stdout)
+    assert "'reason' is missing" in json.dumps(told["scopes"][0]["entry"])
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("policy")
 def test_what_no_change_has_written_is_named(call: Call, client: Any, prefix: str) -> None:
     written = client.hget(f"{{{prefix}}}:entries:global/block", "203.0.113.0/24")
     client.hset(f"{{{prefix}}}:entries:global/allow", "198.51.100.0/24", written)

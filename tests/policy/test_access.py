@@ -17,7 +17,7 @@ from authz_server.policy.access import (
     tenant_scope,
 )
 from authz_server.policy.addresses import parse_address, parse_network
-from authz_server.policy.networks import NetworkTable
+from authz_server.policy.networks import UNREADABLE, NetworkTable
 from authz_server.policy.paths import parse_path_pattern, read_path
 from authz_server.policy.reasons import Reason
 
@@ -30,13 +30,15 @@ def entry(cidr: str, expires_at: int | None = None) -> Entry:
 
 
 def tables(lists: dict[str, list[str]]) -> dict[str, NetworkTable]:
-    """Build tables; `CIDR until SECOND` expires."""
+    """Build tables; `CIDR until SECOND` expires, and nobody can read the entry of `CIDR until ?`."""
+
+    def expiry(cidr: str, until: str) -> int:
+        return UNREADABLE if until == "?" else entry(cidr, int(until) if until else None).expiry
+
     built = {}
     for name, texts in lists.items():
-        entries = [
-            (cidr, int(until) if until else None) for cidr, _, until in (text.partition(" until ") for text in texts)
-        ]
-        built[name] = NetworkTable.build((parse_network(cidr), entry(cidr, until).expiry) for cidr, until in entries)
+        entries = [text.partition(" until ") for text in texts]
+        built[name] = NetworkTable.build((parse_network(cidr), expiry(cidr, until)) for cidr, _, until in entries)
     return built
 
 
@@ -76,6 +78,23 @@ JUDGED = {
         "allowlisted",
         (A, "10.0.0.0/8"),
     ),
+    "unreadable-block": ("open", {B: ["10.0.0.0/8 until ?"]}, "blocked", (B, "10.0.0.0/8")),
+    "unreadable-block-of-a-named-list": ("open", {"feed": ["10.0.0.0/8 until ?"]}, "blocked", ("feed", "10.0.0.0/8")),
+    "hole-in-an-unreadable-block": (
+        "open",
+        {A: ["10.1.2.3"], B: ["10.0.0.0/8 until ?"]},
+        "allowlisted",
+        (A, "10.1.2.3/32"),
+    ),
+    "unreadable-allow": ("restricted", {A: ["10.0.0.0/8 until ?"]}, "not_allowlisted", None),
+    "unreadable-hole": ("open", {A: ["10.1.2.3 until ?"], B: ["10.0.0.0/8"]}, "blocked", (B, "10.0.0.0/8")),
+    "behind-an-unreadable-allow-the-wider-one": (
+        "restricted",
+        {A: ["10.1.2.3 until ?", "10.0.0.0/8"]},
+        "allowlisted",
+        (A, "10.0.0.0/8"),
+    ),
+    "expired-since-1970-is-not-unreadable": ("open", {B: ["10.0.0.0/8 until 0"]}, "allowed", None),
     "named-list": ("restricted", {"office": ["10.1.2.0/24"]}, "allowlisted", ("office", "10.1.2.0/24")),
     "named-list-more-exact-than-own": (
         "open",

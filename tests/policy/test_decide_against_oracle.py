@@ -77,7 +77,7 @@ def compare_with_oracle(policies: range) -> tuple[str, Counter[str]]:
 
 FAULTS = {
     "tie-goes-to-allow": ("access", "block[0] >= allow[0]", "block[0] > allow[0]"),
-    "expires-a-moment-late": ("access", "if now < expiry:", "if now <= expiry:"),
+    "expires-a-moment-late": ("access", "if now < expiry or", "if now <= expiry or"),
     "expired-entry-ends-the-chain": (
         "access",
         "                best = (prefix_length, expiry, list_name)\n                break",
@@ -281,6 +281,9 @@ FAULTS = {
     ),
     "unreadable-pin-forgotten": ("snapshot", "return Tenant(key.name, instance=None)", "return None"),
     "unreadable-instance-active": ("snapshot", "state=InstanceState.DOWN", "state=InstanceState.ACTIVE"),
+    "unreadable-block-opens": ("access", "now < expiry or (unreadable_too and expiry == UNREADABLE)", "now < expiry"),
+    "unreadable-allow-opens": ("access", "(unreadable_too and expiry == UNREADABLE)", "expiry == UNREADABLE"),
+    "unreadable-entry-forgotten": ("snapshot", "            return UNREADABLE\n", "            return None\n"),
     "last-good-value-forgotten": ("snapshot", "if last_good is not None and len(snapshot.problems):", "if False:"),
 }
 """What is wrong -> (module, its right text, the wrong text)."""

@@ -12,6 +12,7 @@ from support.cases import CaseMaker, PolicyRoom
 from authz_server.policy.access import Enforcement, Entry, Mode, NamedList, Resource, Scope
 from authz_server.policy.addresses import parse_network
 from authz_server.policy.affinity import Instance, InstanceState, Tenant
+from authz_server.policy.networks import UNREADABLE
 from authz_server.policy.paths import parse_path_pattern
 from authz_server.policy.records import Record, RecordKey, RecordKind, Unreadable, entry_key, record_key
 from authz_server.policy.snapshot import DecisionOptions, Snapshot, build_snapshot
@@ -94,9 +95,9 @@ GOOD: dict[str, tuple[RecordKey, Record]] = {
     "tenant": (RecordKey(RecordKind.TENANT, "acme"), Tenant("acme", "queue-1")),
     "instance": (RecordKey(RecordKind.INSTANCE, "queue-1"), Instance("queue-1", 5)),
 }
-STAND_INS: dict[str, Record | None] = {
+STAND_INS: dict[str, Record | int] = {
     "list": NamedList("office"),
-    "entry": None,
+    "entry": UNREADABLE,
     "scope": Scope("global", Mode.RESTRICTED, Enforcement.ENFORCE),
     "resource": Resource("docs", (parse_path_pattern("/"),)),
     "tenant": Tenant("acme", None),

@@ -122,12 +122,11 @@ class Oracle:
     def __init__(self, policy: PlainPolicy) -> None:
         self.options = policy.options
         self.trusted = [unmapped_network(text) for text in policy.options.trusted_peers]
-        self.lists: dict[str, list[tuple[IPNetwork, int | None]]] = {}
+        self.lists: dict[str, list[tuple[IPNetwork, int | None, bool]]] = {}
         for entry in policy.entries:
-            if _lost(policy, "entry", entry.cidr, entry.list_name):
-                continue  # a block or allow that nobody can read cannot be applied
+            lost = _lost(policy, "entry", entry.cidr, entry.list_name)
             network = unmapped_network(entry.cidr)
-            self.lists.setdefault(entry.list_name, []).append((network, entry.expires_at))
+            self.lists.setdefault(entry.list_name, []).append((network, entry.expires_at, lost))
         self.scopes = {
             scope.name: PlainScope(scope.name, restricted=True) if _lost(policy, "scope", scope.name) else scope
             for scope in policy.scopes
@@ -239,8 +238,10 @@ class Oracle:
         candidates = []
         for side, named in (("block", scope.block_lists), ("allow", scope.allow_lists)):
             for order, list_name in enumerate((f"{scope.name}/{side}", *named)):
-                for network, expires_at in self.lists.get(list_name, ()):
-                    if address in network and (expires_at is None or expires_at > now):
+                for network, expires_at, lost in self.lists.get(list_name, ()):
+                    # Of a lost entry only the network is known: it blocks, and allows nothing.
+                    counts = side == "block" if lost else expires_at is None or expires_at > now
+                    if address in network and counts:
                         rank = (-network.prefixlen, 0 if side == "block" else 1, order)
                         candidates.append((rank, side, list_name, network))
         if not candidates:
