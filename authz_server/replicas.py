@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from authz_server.store.interface import NotInitialisedError, Position, Replica, Report, Store, StoreError
 
@@ -119,16 +119,18 @@ class Reporter:
         self._problem = "not reported yet"
         self._started_at = clock()
         self._position: Position | None = None
+        self._lost = 0
         self._changed = asyncio.Event()
         self._again = asyncio.Event()
         self._leaving = asyncio.Event()
         self._tried = asyncio.Event()
         self._reported = False
 
-    def applied(self, position: Position) -> None:
-        """Take note of what the server decides by from now on; returns at once."""
-        if position != self._position:
-            self._position = position
+    def applied(self, position: Position, lost: int = 0) -> None:
+        """Take note of what the server decides by from now on, and how many changes the store has lost so far; returns
+        at once."""
+        if (position, lost) != (self._position, self._lost):
+            self._position, self._lost = position, lost
             self._changed.set()
 
     def again(self) -> None:
@@ -192,12 +194,10 @@ class Reporter:
             return None
 
     async def _report(self) -> None:
-        report = Report(self.replica, self._process, self._started_at, self._position)
+        report = Report(self.replica, self._process, self._started_at, self._position, self._lost)
         if not await self._store.report(report, take_over=not self._reported):
             self.replica = f"{self.replica}-{self._process}"
-            await self._store.report(
-                Report(self.replica, self._process, self._started_at, self._position), take_over=True
-            )
+            await self._store.report(replace(report, replica=self.replica), take_over=True)
         if not self._reported:
             self._reported = True
             for replica in await self._store.replicas():

@@ -99,7 +99,7 @@ async def _serve(settings: Settings, stopping: asyncio.Event, stack: AsyncExitSt
         if watch(status):
             reporter.again()
         if status.position:
-            reporter.applied(status.position)
+            reporter.applied(status.position, status.lost)
 
     async def follow() -> None:
         await reporter.announced(at_most_seconds=_ANNOUNCE_SECONDS)

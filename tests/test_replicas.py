@@ -103,6 +103,8 @@ async def test_what_is_applied_is_reported(store: Counting) -> None:
         for revision in (1, 2):
             reporter.applied(at(revision))
             await eventually(lambda revision=revision: positions(store) == {"a": at(revision)})
+        reporter.applied(at(1), 1)
+        await eventually(lambda: [each.report.lost for each in known(store)() if each.report] == [1])
 
 
 async def test_a_burst_is_few_reports_and_its_end_is_told(store: Counting) -> None:

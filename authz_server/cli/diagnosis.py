@@ -64,6 +64,20 @@ def judge_replicas(replicas: list[Replica], newest: int) -> Check:
     return Check("servers", Verdict.OK, f"{len(counted)} report, all at the newest revision")
 
 
+def judge_history(replicas: list[Replica]) -> Check:
+    """Judge whether the store has kept what the servers saw there."""
+    lost = {replica.name: replica.report.lost for replica in replicas if replica.report and replica.report.lost}
+    if not lost:
+        return Check("history", Verdict.OK, "no server knows of a change that was lost")
+    told = ", ".join(f"{name} {count}" for name, count in sorted(lost.items()))
+    return Check(
+        "history",
+        Verdict.WARNING,
+        f"changes that the store had taken on and has lost since, by the servers that had applied them: {told}. Their "
+        "logs name each (`change lost`), to be made again",
+    )
+
+
 def _version(facts: ServerFacts) -> Check:
     numbers = _numbers(facts.version)
     if numbers < OLDEST:

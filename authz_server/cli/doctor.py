@@ -4,7 +4,7 @@ import time
 
 import typer
 
-from authz_server.cli.diagnosis import Check, Verdict, judge_replicas, judge_server
+from authz_server.cli.diagnosis import Check, Verdict, judge_history, judge_replicas, judge_server
 from authz_server.cli.failures import EXIT_CODES, NotSoundError
 from authz_server.cli.output import Json, OutputFormat, print_json, print_table
 from authz_server.cli.session import Config, Output, RedisUrl, reading
@@ -17,7 +17,8 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(output: Output = OutputFormat.TABLE, redis_url: RedisUrl = None, config: Config = None) -> None:
-    """Look at the store: version, eviction, memory, persistence, replicas, user, clock, and whether the policy fits.
+    """Look at the store: version, eviction, memory, persistence, replicas, user, clock, whether the policy fits, and
+    whether the servers know of changes that were lost.
 
     Exit code 1 if anything is a problem; warnings alone are no failure.
     """
@@ -54,4 +55,6 @@ async def _look(store: Store) -> list[Check]:
     except (InconsistentStateError, UnknownFormatError) as error:
         return [*checks, Check("policy", Verdict.PROBLEM, str(error))]
     told = f"revision {position.revision}, counts fit (`authzctl reconcile` reads every record)"
-    return [*checks, Check("policy", Verdict.OK, told), judge_replicas(await store.replicas(), position.revision)]
+    replicas = await store.replicas()
+    servers = judge_replicas(replicas, position.revision)
+    return [*checks, Check("policy", Verdict.OK, told), servers, judge_history(replicas)]

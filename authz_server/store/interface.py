@@ -391,6 +391,8 @@ class Report:
     """By the server's own clock, seconds since the Unix epoch."""
     position: Position | None
     """What it decides by; None: it has no policy yet."""
+    lost: int = 0
+    """Changes that this process had applied and that the store has lost since."""
 
 
 @dataclass(frozen=True, slots=True)

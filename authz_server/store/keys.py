@@ -263,6 +263,7 @@ def encode_report(report: Report, now: float) -> str:
         "epoch": position.epoch if position else None,
         "revision": position.revision if position else None,
         "change": position.change_id if position else None,
+        "lost": report.lost or None,
     }
     present = {name: value for name, value in fields.items() if value is not None}
     return json.dumps(present, separators=(",", ":"), sort_keys=True)
@@ -285,10 +286,11 @@ def decode_report(name: str, text: str, now: float) -> Replica:
         if epoch is not None:
             revision = fields.take("revision", lambda value: _integer(value, 1, _LARGEST_REVISION))
             position = Position(epoch, revision, fields.take("change", _text))
+        lost = fields.take("lost", lambda value: _integer(value, 0, _LARGEST_REVISION), 0)
         fields.end()
     except _ProblemError as problem:
         return Replica(name, None, 0.0, str(problem))
-    return Replica(name, Report(name, process, started_at, position), max(0.0, now - at))
+    return Replica(name, Report(name, process, started_at, position, lost), max(0.0, now - at))
 
 
 class _Fields:

@@ -701,9 +701,10 @@ def report(replica: str = "a", process: str = "p1", position: Position | None = 
 async def test_servers_report_without_a_policy_and_are_listed_by_name(store: Store) -> None:
     assert await store.replicas() == []
     assert await store.report(report("b", position=None), take_over=True)
-    assert await store.report(report("a"), take_over=True)
+    first_report = replace(report("a"), lost=2)
+    assert await store.report(first_report, take_over=True)
     first, second = await store.replicas()
-    assert (first.report, second.report) == (report("a"), report("b", position=None))
+    assert (first.report, second.report) == (first_report, report("b", position=None))
     assert 0 <= first.silent_seconds < 5
     assert (first.unknown, first.vanished, first.problem) == (False, False, "")
     with pytest.raises(NotInitialisedError):
