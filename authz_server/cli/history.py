@@ -12,7 +12,7 @@ import typer
 
 from authz_server.cli.changes import counted
 from authz_server.cli.failures import EXIT_CODES, BadInputError, NotSoundError
-from authz_server.cli.output import Json, OutputFormat, key_json, print_concerns, print_json, print_table
+from authz_server.cli.output import Json, OutputFormat, key_json, lines_printed, print_concerns, print_json, print_table
 from authz_server.cli.session import Config, Output, RedisUrl, group_of, reading
 from authz_server.cli.times import show_moment
 from authz_server.store.interface import Event, EventRecord, PositionLostError, Store
@@ -80,11 +80,8 @@ def history_export(
     with reading(OutputFormat.TABLE, redis_url, config) as session:
         if follows is not None and not after:
             raise BadInputError(["--follows names the change of the revision --after: give both"])
-        if file is None:
-            missing = session.ask(lambda store: _export(store, after, follows, typer.get_text_stream("stdout")))
-        else:
-            with _new_file(file) as stream:
-                missing = session.ask(lambda store: _export(store, after, follows, stream))
+        with lines_printed() if file is None else _new_file(file) as stream:
+            missing = session.ask(lambda store: _export(store, after, follows, stream))
         if missing and after:
             raise NotSoundError(missing)
         print_concerns(missing)

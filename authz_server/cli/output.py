@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from enum import StrEnum
+from typing import TextIO
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -123,6 +124,15 @@ def print_lines(*lines: str) -> None:
     console = _console()
     for line in lines:
         console.print(plain(line))
+
+
+@contextmanager
+def lines_printed() -> Iterator[TextIO]:
+    """Give standard output for many lines (OutputLostError: they cannot be written)."""
+    with _printing():
+        stream = typer.get_text_stream("stdout")
+        yield stream
+        stream.flush()
 
 
 def print_done(done: Done, output: OutputFormat) -> None:
