@@ -1,12 +1,24 @@
 """A store for commands to act on."""
 
+import functools
 import os
 import uuid
+from collections.abc import Iterator
 
 import pytest
+import typer.main
+import typer.testing
 from support.authzctl import write
 
 from authz_server.demo.valkey import Valkey
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_built_once() -> Iterator[None]:
+    """They are the same for every call, and to build all takes longer than most calls."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(typer.testing, "_get_command", functools.cache(typer.main.get_command))
+        yield
 
 
 @pytest.fixture
