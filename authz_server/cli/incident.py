@@ -31,6 +31,7 @@ from authz_server.store.interface import (
     Finding,
     InconsistentStateError,
     PositionLostError,
+    RevisionChangedError,
     Store,
 )
 from authz_server.store.keys import collection
@@ -205,6 +206,8 @@ async def _look(store: Store) -> Look:
         examined = await store.examine()
     except InconsistentStateError as error:  # not even that can be read
         raise NotSoundError([str(error)]) from error
+    except RevisionChangedError as error:
+        raise ChangedMeanwhileError([str(error)]) from error
     suspects = {finding.collection for finding in examined.findings if finding.found or finding.expected}
     if suspects:
         with suppress(InconsistentStateError):  # without its bookkeeping the store tells no history

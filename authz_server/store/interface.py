@@ -455,7 +455,12 @@ class Store(Protocol):
         """
 
     async def examine(self) -> Examination:
-        """Read everything and say what is not as changes have left it. Damage is told, not raised."""
+        """Read everything and say what is not as changes have left it. Damage is told, not raised.
+
+        Raises:
+            InconsistentStateError: there is something else under a key of the policy.
+            RevisionChangedError: others keep changing it.
+        """
 
     def records(self, name: str) -> AsyncIterator[tuple[RecordKey, str]]:
         """Yield the records of a collection and their texts as they are there, sound or not; one may come twice.

@@ -594,7 +594,9 @@ class RedisStore:
             if meta == (await self._bookkeeping())[0]:
                 break
         else:
-            raise StoreError(f"{self._where}: others keep changing the policy; ask again when they have finished")
+            raise RevisionChangedError(
+                f"others keep changing the policy in {self._where}: ask again when they have finished"
+            )
         findings = []
         expected_in_all = 0
         for name in sorted(scanned):

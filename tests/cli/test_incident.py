@@ -4,18 +4,24 @@ import json
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import Result
 from redis import Redis
+from support.policies import Writer
 from typer.testing import CliRunner
 
+from authz_server.cli import session
 from authz_server.cli.authzctl import app
 from authz_server.cli.diagnosis import Verdict, judge_server
 from authz_server.demo.valkey import Valkey
+from authz_server.policy.affinity import Instance
+from authz_server.policy.records import RecordKey, RecordKind
 from authz_server.store.interface import ServerFacts
+from authz_server.store.redis_store import RedisStore
 
 Call = Callable[..., Result]
 
@@ -152,6 +158,27 @@ def test_a_key_of_something_else_is_told_with_the_remedy(call: Call, client: Any
     assert "take that key away (RENAME), then restore a backup" in told
     client.delete(f"{{{prefix}}}:instances")
     call("confirm", "--reason", "r", "--yes")
+
+
+class Busy(RedisStore):
+    """A store that others change whenever somebody has a look at it."""
+
+    weights = count(1)
+
+    async def _examine_collection(self, name: str) -> tuple[tuple[int, int], list[str]]:
+        await Writer(self).set((RecordKey(RecordKind.INSTANCE, "q1"), Instance("q1", next(self.weights))))
+        return await super()._examine_collection(name)
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("policy")
+@pytest.mark.parametrize("words", ["reconcile", "reload --reason r", "confirm --yes --reason r"])
+def test_a_store_that_never_rests_is_no_incident_and_confirms_nothing(
+    call: Call, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    monkeypatch.setattr(session, "RedisStore", Busy)
+    assert "others keep changing the policy" in call(*words.split(), code=1).output
+    assert "confirm" not in call("history", "export").stdout
 
 
 @pytest.mark.integration
