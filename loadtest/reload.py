@@ -1,10 +1,12 @@
 """What checks notice of a full load and of changes, and how soon a server is ready, with a million networks.
 
-Run `python -m loadtest.reload` in the project's folder (some ten minutes, 3 GB). A real Valkey holds the policy, a real
-server follows it, and one client asks without pause. Each figure under work stands beside the same client's figure just
-before, on the same server. The client asks a server that follows nothing, and answers every check alike, in turn with
-it: what that one's figures do is the machine's doing, which has two cores for Valkey, writers, servers and client.
-Replacing more records than a server takes over one by one is what leads to a full load.
+    python -m loadtest.reload [load] [replacement] [changes] [start]
+
+By default all parts (some ten minutes, 3 GB). A real Valkey holds the policy, a real server follows it, and one client
+asks without pause. Each figure under work stands beside the same client's figure just before, on the same server. The
+client asks a server that follows nothing, and answers every check alike, in turn with it: what that one's figures do is
+the machine's doing, which has two cores for Valkey, writers, servers and client. Replacing more records than a server
+takes over one by one is what leads to a full load; as many as it takes is the part `replacement`.
 """
 
 import asyncio
@@ -13,6 +15,8 @@ import secrets
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -27,7 +31,10 @@ from loadtest.large_policy import BLOCKED, FEED, RUNS, LargePolicy, RealServer, 
 from loadtest.match_table import random_networks
 from loadtest.processes import Server
 
+PARTS = ("load", "replacement", "changes", "start")
 FEED_NETWORKS = 60_000
+REPLACED_NETWORKS = 25_000
+"""As many go as come: twice this number of records differ, the most that a server applies by itself."""
 QUIET_SECONDS = 10.0
 CHANGES, CHANGE_SECONDS = 60_000, 0.001
 _WRITERS = 4
@@ -64,34 +71,44 @@ def tell(console: Console, what: str, quiet: Waits, busy: Waits) -> None:
         )
 
 
-def measure(policy: LargePolicy, folder: Path, console: Console) -> None:
-    """Print all figures."""
-    file = folder / "snapshot"
-    feeds = [random_networks(((4, 32, 1.0),), FEED_NETWORKS, random.Random(number)) for number in range(2)]
-    with RealServer(policy.valkey, file) as server:
-        console.print(
-            f"ready from the store after {server.ready_seconds:.1f} s, {server.resident_mib():.0f} MiB, "
-            f"file of {file.stat().st_size / 1e6:.1f} MB"
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What is measured, and by whom."""
+
+    policy: LargePolicy
+    server: RealServer
+    ask: Callable[[float | None], Waits]
+    console: Console
+
+    def replacements(self, what: str, list_name: str, networks: int) -> None:
+        """Replace all networks of a list RUNS times by as many others."""
+        ratios, longest, lives = [], [], []
+        for number in range(RUNS):
+            feed = entries(list_name, random_networks(((4, 32, 1.0),), networks, random.Random(number % 2)))
+            quiet = self.ask(QUIET_SECONDS)
+            revision = self.policy.ask(lambda store, feed=feed: replace(store, feed))  # type: ignore[misc]
+            self.ask(None)
+            live = self.server.wait_for_revision(revision, ask_every_seconds=1.0)
+            busy = self.ask(None)
+            tell(self.console, f"{what}, {live:.0f} s", quiet, busy)
+            ratios.append(busy.p99 / quiet.p99)
+            longest.append(busy.longest)
+            lives.append(live)
+        p99, most, seconds = map(statistics.median, (ratios, longest, lives))
+        self.console.print(
+            f"{what}, medians of {RUNS}: p99 {p99:.2f} x, longest {most:.1f} ms, live after {seconds:.0f} s; "
+            f"at most {self.server.resident_mib('VmHWM'):.0f} MiB in the server"
         )
-        with Server("grpcio", "constant") as constant, closed_loop(server.port, constant.port) as ask:
-            ratios, longest = [], []
-            for number in range(RUNS):
-                feed = entries(FEED, feeds[number % 2])
-                quiet = ask(QUIET_SECONDS)
-                revision = policy.ask(lambda store, feed=feed: replace(store, feed))  # type: ignore[misc]
-                ask(None)
-                seconds = server.wait_for_revision(revision, ask_every_seconds=1.0)
-                busy = ask(None)
-                tell(console, f"full load, {seconds:.0f} s", quiet, busy)
-                ratios.append(busy.p99 / quiet.p99)
-                longest.append(busy.longest)
-            quiet = ask(QUIET_SECONDS)
-            rate = policy.ask(change_often)
-            tell(console, f"{rate:.0f} changes a second", quiet, ask(None))
-        console.print(
-            f"full loads, medians of {RUNS}: p99 {statistics.median(ratios):.2f} x, "
-            f"longest {statistics.median(longest):.1f} ms; at most {server.resident_mib('VmHWM'):.0f} MiB in the server"
-        )
+
+    def changes(self) -> None:
+        """Change one entry after the other."""
+        quiet = self.ask(QUIET_SECONDS)
+        rate = self.policy.ask(change_often)
+        tell(self.console, f"{rate:.0f} changes a second", quiet, self.ask(None))
+
+
+def start_often(policy: LargePolicy, file: Path, console: Console) -> None:
+    """Start servers that have a snapshot file, with the store and without it, which is stopped for good."""
     for kind in ("with", "without"):
         if kind == "without":
             policy.valkey.stop()
@@ -103,12 +120,32 @@ def measure(policy: LargePolicy, folder: Path, console: Console) -> None:
         console.print(f"ready from the file, {kind} the store: {middle:.1f} s (median of {RUNS})")
 
 
-def main() -> None:
+def main(parts: Sequence[str]) -> None:
     """Fill a store, and measure."""
+    if unknown := set(parts) - set(PARTS):
+        sys.exit(f"{', '.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
     console = Console(width=None if sys.stdout.isatty() else 120)
     with LargePolicy() as policy, tempfile.TemporaryDirectory() as folder:
-        measure(policy, Path(folder), console)
+        file = Path(folder) / "snapshot"
+        with (
+            RealServer(policy.valkey, file) as server,
+            Server("asyncio", "constant") as constant,
+            closed_loop(server.port, constant.port) as ask,
+        ):
+            console.print(
+                f"ready from the store after {server.ready_seconds:.1f} s, {server.resident_mib():.0f} MiB, "
+                f"file of {file.stat().st_size / 1e6:.1f} MB"
+            )
+            measured = Measured(policy, server, ask, console)
+            if "load" in parts:
+                measured.replacements("full load", FEED, FEED_NETWORKS)
+            if "replacement" in parts:
+                measured.replacements("replacement", "tenant:tenant-1/block", REPLACED_NETWORKS)
+            if "changes" in parts:
+                measured.changes()
+        if "start" in parts:
+            start_often(policy, file, console)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or PARTS)
