@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import authz_server
-from authz_server.policy.records import RecordKey
+from authz_server.policy.records import RecordKey, RecordKeys
 from authz_server.policy.snapshot import DecisionOptions, Snapshot, build_snapshot
 from authz_server.snapshot_file import (
     NoSnapshotFileError,
@@ -165,7 +165,7 @@ class ChildLoader:
         self._file_problem = ""
         self._packed: int | None = None
         """The memory that holds what was loaded last; the next child starts from it when it is to repack."""
-        self._stood_in: frozenset[RecordKey] = frozenset()
+        self._stood_in = RecordKeys()
         """The records that were unreadable in the last load, and for which an older snapshot's may stand in: what is
         packed has not got those."""
 
@@ -201,10 +201,17 @@ class ChildLoader:
         loaded = await self._by_child(
             {"store": self._store_arguments}, None, lambda packed: packed.unpack(self._options)
         )
-        self._stood_in = frozenset(loaded.snapshot.problems) if last_good is not None else frozenset()
-        if last_good is not None and self._stood_in:
-            return replace(loaded, snapshot=loaded.snapshot.with_last_good(last_good))
-        return loaded
+        self._stood_in = RecordKeys()
+        if last_good is None:
+            return loaded
+        snapshot = loaded.snapshot
+        keys = iter(snapshot.problems)
+        turns = Turns()
+        while some := list(islice(keys, _ROWS_AT_ONCE)):
+            self._stood_in.update(some)
+            snapshot = snapshot.with_last_good(last_good, some)
+            await turns.take()
+        return replace(loaded, snapshot=snapshot)
 
     def is_repack_due(self, changes: int, seconds: float) -> bool:
         """See `Loader.is_repack_due`. Soon when the file lacks something, else long before it is too old to be used."""
@@ -235,7 +242,7 @@ class ChildLoader:
         except LoaderError as error:
             self._tell(f"the snapshot was not packed anew: {error}")
             raise
-        self._stood_in = frozenset()
+        self._stood_in = RecordKeys()
         return replace(repacked, source=loaded.source)
 
     async def _by_child(

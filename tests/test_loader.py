@@ -428,7 +428,7 @@ async def test_a_child_ends_with_the_process_that_started_it(place: Place) -> No
         await asyncio.sleep(1)
         assert child.returncode is None
         child.stdin.close()
-        assert await asyncio.wait_for(child.wait(), 3) == 1
+        assert await asyncio.wait_for(child.wait(), 20) == 1
     finally:
         if child.returncode is None:
             child.kill()

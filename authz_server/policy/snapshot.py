@@ -7,6 +7,7 @@ known, unless it is that which cannot be read: it blocks, and allows nothing. It
 that use its list in `degraded_scopes`.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -114,6 +115,10 @@ class Snapshot:
     instances: Sharded[str, Instance] = field(default_factory=Sharded)
     problems: Sharded[RecordKey, str] = field(default_factory=Sharded)
     """The records that could not be read, and why."""
+    unreadable: Mapping[str, int] = field(default_factory=dict)
+    """List name -> how many of its entries cannot be read; lists that have none are left out."""
+    missing: Mapping[str, int] = field(default_factory=dict)
+    """The same of those that nothing stands in for: they are in no table."""
     networks: int = 0
     """In all tables."""
     degraded: frozenset[str] = frozenset()
@@ -137,10 +142,10 @@ class Snapshot:
             draft.put(key, value)
         return draft.done(revision)
 
-    def with_last_good(self, last_good: "Snapshot") -> "Snapshot":
-        """Return the snapshot with the records of an older one in place of those that cannot be read."""
+    def with_last_good(self, last_good: "Snapshot", keys: Iterable[RecordKey]) -> "Snapshot":
+        """Return the snapshot with the records of an older one under some keys of those that cannot be read."""
         draft = SnapshotDraft(self)
-        for key in self.problems:
+        for key in keys:
             if key.kind is RecordKind.ENTRY:
                 if (expiry := last_good.expiry(key)) is not None:
                     draft.keep(key, expiry)
@@ -169,12 +174,7 @@ class Snapshot:
         """
         if kind is not RecordKind.ENTRY:
             return len(getattr(self, _FIELDS[kind]))
-        missing = [
-            key
-            for key in self.problems
-            if key.kind is RecordKind.ENTRY and key.list_name == list_name and self.expiry(key) is None
-        ]
-        return len(self.tables.get(list_name) or ()) + len(missing)
+        return len(self.tables.get(list_name) or ()) + self.missing.get(list_name, 0)
 
     def degraded_scopes(self) -> tuple[str, ...]:
         """Return the scopes that use a list with an unreadable entry, or a list that does not exist, sorted."""
@@ -200,18 +200,20 @@ class SnapshotDraft:
         self._before = before
         self._drafts: dict[RecordKind, ShardedDraft[str, Any]] = {}
         self._problems = before.problems.draft()
+        self._unreadable = Counter(before.unreadable)
+        self._missing = Counter(before.missing)
         self._entries: dict[str, dict[Network, int | None]] = {}
         self._tables = before.tables.draft()
         self._networks = before.networks
         self._changed_scopes: set[str] = set()
         self._lists_changed = False
-        """Whether some list came, went, became unreadable or readable: any scope may be degraded by it or no more."""
+        """Whether some list came or went: any scope may be degraded by it or no more."""
 
     def put(self, key: RecordKey, value: Record | Unreadable | None) -> None:
         """Set a record, or remove it where the value is None."""
         if self._problems.get(key) is not None:
+            self._count_problem(key, -1)
             self._problems.put(key, None)
-            self._lists_changed |= key.kind is RecordKind.ENTRY
         if isinstance(value, Unreadable):
             self.put_problem(key, value.problem)
             if self._is_missing(key):
@@ -219,9 +221,36 @@ class SnapshotDraft:
         elif isinstance(value, Entry):
             self._entries.setdefault(key.list_name, {})[value.network] = value.expiry
         elif key.kind is RecordKind.ENTRY:
-            self.keep(key, None)
+            self._set(key, None)
         else:
-            self.keep(key, value)
+            self._set(key, value)
+
+    def keep(self, key: RecordKey, value: Kept | int | None) -> None:
+        """Set what counts under a key, of an entry its expiry, whether or not there is a problem with the record."""
+        if self._problems.get(key) is None:
+            self._set(key, value)
+        else:
+            self._count_problem(key, -1)
+            self._set(key, value)
+            self._count_problem(key, 1)
+
+    def _set(self, key: RecordKey, value: Kept | int | None) -> None:
+        if key.kind is not RecordKind.ENTRY:
+            self._draft(key.kind).put(key.name, value)
+            if key.kind is RecordKind.SCOPE:
+                self._changed_scopes.add(key.name)
+            elif key.kind is RecordKind.LIST:
+                self._lists_changed = True
+        elif network := _network(key):
+            self._entries.setdefault(key.list_name, {})[network] = value if isinstance(value, int) else None
+
+    def _count_problem(self, key: RecordKey, number: int) -> None:
+        """Count an entry that cannot be read, or, with -1, no more."""
+        if key.kind is not RecordKind.ENTRY:
+            return
+        self._unreadable[key.list_name] += number
+        if self._is_missing(key):
+            self._missing[key.list_name] += number
 
     def _is_missing(self, key: RecordKey) -> bool:
         """Tell whether nothing counts under a key."""
@@ -236,17 +265,6 @@ class SnapshotDraft:
         table = self._tables.get(key.list_name)
         return table is None or table.get(network) is None
 
-    def keep(self, key: RecordKey, value: Kept | int | None) -> None:
-        """Set what counts under a key, of an entry its expiry, whether or not there is a problem with the record."""
-        if key.kind is not RecordKind.ENTRY:
-            self._draft(key.kind).put(key.name, value)
-            if key.kind is RecordKind.SCOPE:
-                self._changed_scopes.add(key.name)
-            elif key.kind is RecordKind.LIST:
-                self._lists_changed = True
-        elif network := _network(key):
-            self._entries.setdefault(key.list_name, {})[network] = value if isinstance(value, int) else None
-
     def copy(self, key: RecordKey, other: Snapshot) -> None:
         """Set what another snapshot has under a key: the record or none, and what is wrong with it."""
         self.put(key, None)
@@ -258,8 +276,9 @@ class SnapshotDraft:
 
     def put_problem(self, key: RecordKey, problem: str) -> None:
         """Say that a record cannot be read, and leave what counts under its key."""
+        if self._problems.get(key) is None:
+            self._count_problem(key, 1)
         self._problems.put(key, problem)
-        self._lists_changed |= key.kind is RecordKind.ENTRY
 
     def put_table(self, list_name: str, table: NetworkTable) -> None:
         """Set all networks of a list, of which the earlier snapshot has none."""
@@ -275,6 +294,8 @@ class SnapshotDraft:
             revision=revision,
             tables=self._tables.done(),
             problems=self._problems.done(),
+            unreadable=+self._unreadable,
+            missing=+self._missing,
             networks=self._networks,
             entries={},
             **changed,
@@ -311,16 +332,17 @@ class SnapshotDraft:
             self._tables.put(name, table if len(table) else None)
 
     def _degraded(self, snapshot: Snapshot) -> frozenset[str]:
-        if not self._lists_changed and not self._changed_scopes:
+        unreadable = snapshot.unreadable.keys()
+        lists_changed = self._lists_changed or unreadable != self._before.unreadable.keys()
+        if not lists_changed and not self._changed_scopes:
             return snapshot.degraded
-        unreadable = {key.list_name for key in snapshot.problems if key.kind is RecordKind.ENTRY}
         by_own_list = {name.rpartition("/")[0] for name in unreadable if "/" in name}
 
         def is_degraded(scope: Scope | None) -> bool:
             named = {*scope.allow_lists, *scope.block_lists} if scope else set()
             return not named.isdisjoint(unreadable) or any(name not in snapshot.named_lists for name in named)
 
-        if self._lists_changed:
+        if lists_changed:
             return frozenset(by_own_list.union(scope.name for scope in snapshot.scopes.values() if is_degraded(scope)))
         now = {name for name in self._changed_scopes if name in by_own_list or is_degraded(snapshot.scopes.get(name))}
         return snapshot.degraded - self._changed_scopes | now
@@ -353,7 +375,7 @@ def build_snapshot(
             entries.setdefault(key.list_name, {})[record.network] = record
     snapshot = draft.done(revision)
     if last_good is not None and len(snapshot.problems):
-        snapshot = snapshot.with_last_good(last_good)
+        snapshot = snapshot.with_last_good(last_good, snapshot.problems)
     return replace(snapshot, entries=entries)
 
 

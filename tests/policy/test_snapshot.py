@@ -1,6 +1,7 @@
 """A snapshot is the same however it came about, and closes where a record cannot be read."""
 
 import random
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -40,7 +41,7 @@ def content(snapshot: Snapshot) -> dict[str, Any]:
             name: getattr(snapshot, name)
             for name in (
                 *("epoch", "revision", "options", "named_lists", "scopes", "resources", "tenants", "instances"),
-                *("problems", "global_scope", "guarded_resources"),
+                *("problems", "unreadable", "missing", "global_scope", "guarded_resources"),
             )
         },
     }
@@ -185,6 +186,27 @@ def test_an_entry_key_in_another_spelling_is_a_record_of_its_own(cidr: str) -> N
     assert content(both.with_changes(2, [(other, None)])) == content(build([(key, good)], 2))
     assert held(both.with_changes(2, [(key, None)]), key) is None
     assert content(build([(other, BROKEN)], 2, last_good=both)) == content(build([(other, BROKEN)], 2))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000))
+def test_entries_that_cannot_be_read_are_counted_as_they_come_and_go(seed: int) -> None:
+    rng = random.Random(seed)
+    keys = [RecordKey(RecordKind.ENTRY, cidr, name) for cidr in ("10.0.0.0/8", "10.0.0.1/8") for name in ("a", "b")]
+    records = dict.fromkeys(keys[:2], entry("10.0.0.0/8"))
+    snapshot, now = build([]), dict[RecordKey, Record | Unreadable]()
+    for _ in range(12):
+        key = rng.choice(keys)
+        value = rng.choice([BROKEN, BROKEN, None, records.get(key, BROKEN)])
+        snapshot = snapshot.with_changes(2, [(key, value)])
+        now.pop(key, None)
+        if value is not None:
+            now[key] = value
+        broken = [key for key, value in now.items() if value is BROKEN]
+        assert snapshot.unreadable == Counter(key.list_name for key in broken)
+        assert snapshot.missing == Counter(key.list_name for key in broken if snapshot.expiry(key) is None)
+        for name in ("a", "b"):
+            assert snapshot.count(RecordKind.ENTRY, name) == sum(key.list_name == name for key in now)
 
 
 def test_degraded_scopes_are_those_that_use_a_spoilt_or_missing_list() -> None:

@@ -88,6 +88,8 @@ def contents(snapshot: Snapshot) -> dict[str, Any]:
         "tenants": dict(snapshot.tenants),
         "instances": dict(snapshot.instances),
         "problems": dict(snapshot.problems),
+        "unreadable": dict(snapshot.unreadable),
+        "missing": dict(snapshot.missing),
         "global_scope": snapshot.global_scope,
         "guarded_resources": snapshot.guarded_resources,
     }
