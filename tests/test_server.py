@@ -7,15 +7,19 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
 import pytest
 import trustme
+from redis import Redis
 from structlog.testing import capture_logs
 from support.process import ServerProcess, apply_writes, init_policy
+from support.waiting import eventually
 
+from authz_server.cli.acknowledgement import wait_for_servers
 from authz_server.decision_log import DecisionLog, LogOptions
 from authz_server.demo.valkey import Valkey
 from authz_server.ext_authz.checker import Checked
@@ -29,8 +33,10 @@ from authz_server.policy.reasons import Reason
 from authz_server.policy.records import RecordKey, RecordKind, entry_key, record_key
 from authz_server.policy.snapshot import Snapshot
 from authz_server.refresher import LostChanges, RefresherStatus
-from authz_server.server import FAULT_SECONDS, Observer, StatusWatch, _until_stopped, log_event, log_lost
+from authz_server.server import FAULT_SECONDS, Observer, StatusWatch, _serve, _until_stopped, log_event, log_lost
+from authz_server.settings import Settings
 from authz_server.store.interface import Event, EventRecord, Position, Write
+from authz_server.store.redis_store import RedisStore
 
 POSITION = Position("e", 7, "c")
 BLOCK = Entry(parse_network("198.51.100.0/24"), reason="scraper", author="ann", created_at=1)
@@ -197,6 +203,39 @@ def unavailable(server: ServerProcess) -> bool:
     with pytest.raises(grpc.RpcError) as caught:
         server.check()
     return caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.integration
+async def test_a_store_that_has_lost_the_reports_is_told_again_at_once(
+    own_valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not at the next heartbeat: until then `--wait` would take the yes of some servers for that of all."""
+    monkeypatch.setattr("authz_server.replicas._HEARTBEAT_SECONDS", 3600.0)
+    await asyncio.to_thread(init_policy, own_valkey.url)
+    stopping = asyncio.Event()
+    settings = Settings(
+        redis_url=own_valkey.url,
+        listen="127.0.0.1:0",
+        admin_listen="127.0.0.1:0",
+        decision_log="off",
+        drain_seconds=0,
+    )
+    store = RedisStore(own_valkey.url)
+    client = Redis.from_url(own_valkey.url)
+
+    def reported() -> object:
+        return client.hvals("{authz}:replicas")
+
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(store.close)
+        stack.callback(client.close)
+        serving = asyncio.create_task(_serve(settings, stopping, stack))
+        await eventually(reported, seconds=20)
+        await wait_for_servers(store, await store.position(), seconds=20)
+        client.flushall()
+        await eventually(reported, seconds=20)
+        stopping.set()
+        assert await serving == 0
 
 
 @pytest.mark.integration
