@@ -79,11 +79,19 @@ async def wait_for_servers(
             left = deadline - loop.time()
             if told.complete or left <= 0:
                 return told
+            end_if_interrupted()
             on_progress(told)
             await asyncio.sleep(min(poll_seconds, left))
             poll_seconds = min(poll_seconds * 1.2, _LONGEST_POLL_SECONDS)
     except asyncio.CancelledError:  # how asyncio passes on Ctrl-C
         return Acknowledgement(told.acknowledged, told.lagging, told.problem, interrupted=True)
+
+
+def end_if_interrupted() -> None:
+    """Raise asyncio.CancelledError also when it was swallowed on the way, as Python 3.11's `asyncio.wait_for` may."""
+    task = asyncio.current_task()
+    if task and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def judge(replicas: list[Replica], revisions: Mapping[int, str], position: Position) -> Acknowledgement:

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from authz_server.cli.acknowledgement import Acknowledgement, wait_for_servers
+from authz_server.cli.acknowledgement import Acknowledgement, end_if_interrupted, wait_for_servers
 from authz_server.cli.administration import Done, Order, carry_out
 from authz_server.cli.changes import (
     Effect,
@@ -146,7 +146,7 @@ class Mover:
         """Carry out wishes of one action as they are."""
         for start in range(0, len(wishes), self._batch):
             try:
-                _end_if_interrupted()
+                end_if_interrupted()
                 await self._do(Together(tuple(wishes[start : start + self._batch])), counts=True)
             except (AuthzctlError, StoreError, asyncio.CancelledError) as error:
                 raise self._stopped(error, len(wishes), held=()) from error
@@ -163,7 +163,7 @@ class Mover:
         for start in range(0, len(moves), self._batch):
             batch = moves[start : start + self._batch]
             try:
-                _end_if_interrupted()
+                end_if_interrupted()
                 await self._move_strictly(batch, how, start, len(moves))
             except (AuthzctlError, StoreError, asyncio.CancelledError) as error:
                 raise self._stopped(error, len(moves), held=await self._release(batch)) from error
@@ -251,13 +251,6 @@ class Mover:
             )
         exit_code = 130 if interrupted else error.exit_code if isinstance(error, AuthzctlError) else 3
         return MoveStoppedError(problems, hints, exit_code=exit_code)
-
-
-def _end_if_interrupted() -> None:
-    """Raise asyncio.CancelledError also when it was swallowed on the way, as Python 3.11's `asyncio.wait_for` may."""
-    task = asyncio.current_task()
-    if task and task.cancelling():
-        raise asyncio.CancelledError
 
 
 def _lagging(told: Acknowledgement) -> list[str]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -155,6 +156,28 @@ async def test_a_change_that_a_failover_lost_is_told(fleet: Fleet) -> None:
     fleet.store.events.pop()
     told = await fleet.ask()
     assert (told.complete, told.lost) == (False, True)
+
+
+async def test_an_interruption_that_the_store_swallows_ends_the_wait_all_the_same(fleet: Fleet) -> None:
+    looking = asyncio.Event()
+
+    class Swallowing(MemoryStore):
+        async def replicas(self) -> list[Replica]:
+            looking.set()
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.05)
+            return await fleet.store.replicas()
+
+        events_after = fleet.store.events_after
+
+    await fleet.report("a", fleet.positions[0])
+    asking = asyncio.create_task(wait_for_servers(Swallowing(), fleet.positions[1], seconds=30))
+    await looking.wait()
+    asking.cancel()
+    await asyncio.wait({asking}, timeout=10)
+    assert asking.done()
+    told = await asking
+    assert (told.complete, told.interrupted, told.lagging[0].replica) == (False, True, "a")
 
 
 async def test_an_interruption_is_told_and_not_raised(fleet: Fleet) -> None:
