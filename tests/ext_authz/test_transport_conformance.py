@@ -6,6 +6,7 @@ import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,7 +50,11 @@ class TransportFactory(Protocol):
     ) -> Transport: ...
 
 
-TRANSPORTS = [pytest.param(GrpcioTransport, id="grpcio"), pytest.param(AsyncioTransport, id="asyncio")]
+TRANSPORTS = [
+    pytest.param(GrpcioTransport, id="grpcio"),
+    # A stall of this machine sheds nothing.
+    pytest.param(partial(AsyncioTransport, max_wait_seconds=DEADLINE_SECONDS), id="asyncio"),
+]
 
 
 @dataclass
