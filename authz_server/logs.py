@@ -5,14 +5,24 @@ logged between checks.
 """
 
 import logging
+import os
 import sys
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Literal, TextIO
 
 import structlog
 
+_MOST_CHARACTERS = 16 << 20
+"""Of lines that wait for whoever reads standard error."""
+_CLOSE_SECONDS = 2.0
+"""How long the last lines may take."""
 
-def set_up_logging(level: str, log_format: Literal["auto", "json", "console"]) -> None:
+_log = structlog.get_logger(__name__)
+
+
+def set_up_logging(level: str, log_format: Literal["auto", "json", "console"]) -> "StandardError":
     """Route structlog and standard logging to standard error.
 
     Args:
@@ -31,7 +41,8 @@ def set_up_logging(level: str, log_format: Literal["auto", "json", "console"]) -
         if for_people
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(ensure_ascii=False)]
     )
-    handler = logging.StreamHandler(sys.stderr)
+    file = StandardError(sys.stderr)
+    handler = logging.StreamHandler(file)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[structlog.stdlib.ExtraAdder(), *shared],
@@ -46,36 +57,92 @@ def set_up_logging(level: str, log_format: Literal["auto", "json", "console"]) -
     cygrpc.filters[:] = [_is_not_about_metadata]
     # uvicorn tells at `info` that it starts and stops; the server's own lines say that better.
     logging.getLogger("uvicorn").setLevel(max(root.level, logging.WARNING))
-    file = _StandardError(sys.stderr)
     structlog.configure(
         processors=[*shared, *rendering],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=lambda name: _Logger(name, file),
         cache_logger_on_first_use=False,  # a later call, as in tests, takes effect
     )
+    return file
 
 
 class _Logger(structlog.WriteLogger):
     """Writes rendered lines."""
 
-    def __init__(self, name: str, file: "_StandardError") -> None:
+    def __init__(self, name: str, file: "StandardError") -> None:
         super().__init__(file)  # type: ignore[arg-type]
         self.name = name
 
 
-class _StandardError:
+class StandardError:
     """Lines that nobody takes (the reader is gone, the disk full) are dropped: whoever tells of something goes on."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._changed = threading.Condition()
+        self._writer: threading.Thread | None = None
+        self._ending = False
+        self._lines: list[str] = []
+        self._characters = 0
+        """Of the lines that wait, and of those that are being written."""
+        self._dropped = 0
 
     def write(self, text: str) -> None:
+        """Write a line, now or in the background; called by loggers."""
+        with self._changed:
+            if self._writer is not None:
+                if self._characters + len(text) > _MOST_CHARACTERS:
+                    self._dropped += 1
+                    return
+                self._lines.append(text)
+                self._characters += len(text)
+                self._changed.notify()
+                return
         with suppress(OSError, ValueError):
             self._stream.write(text)
 
     def flush(self) -> None:
-        with suppress(OSError, ValueError):
-            self._stream.flush()
+        """Called by loggers after each line."""
+        if self._writer is None:
+            with suppress(OSError, ValueError):
+                self._stream.flush()
+
+    @contextmanager
+    def in_the_background(self) -> Iterator[None]:
+        """Have a thread write what is told meanwhile: a reader that is slow, or has hung, holds nobody up.
+
+        What is more than it can hold is counted and not written. At the end the last lines get a moment.
+        """
+        # A daemon, and past the stream's own lock: a reader that has hung must not keep the process from leaving.
+        self._writer = threading.Thread(target=self._run, name="log", daemon=True)
+        self._writer.start()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._ending = True
+                self._changed.notify()
+            self._writer.join(_CLOSE_SECONDS)
+            if not self._writer.is_alive():
+                self._writer = None
+
+    def _run(self) -> None:
+        descriptor = self._stream.fileno()
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._lines or self._ending)
+                if not self._lines:
+                    return
+                lines, self._lines = self._lines, []
+                dropped, self._dropped = self._dropped, 0
+            rest = "".join(lines).encode("utf-8", "backslashreplace")
+            with suppress(OSError):
+                while rest:
+                    rest = rest[os.write(descriptor, rest) :]
+            with self._changed:
+                self._characters -= sum(map(len, lines))
+            if dropped:
+                _log.warning("log lines dropped", lines=dropped, problem="nobody reads standard error fast enough")
 
 
 def _is_not_about_metadata(record: logging.LogRecord) -> bool:

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -65,6 +66,43 @@ def test_a_disk_that_is_full_stops_nobody_who_tells_of_something(monkeypatch: py
         monkeypatch.setattr("sys.stderr", stream)
         set_up_logging("info", "json")
         structlog.get_logger("ours").info("said")
+
+
+def test_a_reader_that_hangs_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines are told by the thread that answers checks; what no one has read by then is counted."""
+    ours, theirs = os.pipe()
+    with os.fdopen(ours, "rb") as reader, os.fdopen(theirs, "w") as stream:
+        monkeypatch.setattr("sys.stderr", stream)
+        monkeypatch.setattr("authz_server.logs._MOST_CHARACTERS", 200_000)
+        told = structlog.get_logger("ours")
+        with set_up_logging("info", "json").in_the_background():
+            for number in range(1000):
+                told.info("x" * 1000, number=number)
+            written, dropped = [], 0
+            while len(written) + dropped < 1000:
+                line = json.loads(reader.readline())
+                if line["event"] == "log lines dropped":
+                    dropped += line["lines"]
+                else:
+                    written.append(line["number"])
+            logging.getLogger("theirs").warning("the last")
+        told.info("afterwards")
+        assert [json.loads(reader.readline())["event"] for _ in range(2)] == ["the last", "afterwards"]
+    assert written == sorted(written)
+    assert dropped > 500
+    assert len(written) > 150
+
+
+def test_a_reader_that_hangs_keeps_nobody_from_leaving(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = os.pipe()
+    monkeypatch.setattr("authz_server.logs._CLOSE_SECONDS", 0.1)
+    with os.fdopen(ours, "rb") as reader, os.fdopen(theirs, "w") as stream:
+        monkeypatch.setattr("sys.stderr", stream)
+        told = structlog.get_logger("ours")
+        with set_up_logging("info", "json").in_the_background():
+            told.info("x" * 1_000_000)
+        told.info("nobody waits for this")
+        reader.close()  # ends the thread
 
 
 @pytest.mark.parametrize(("level", "expected"), [("debug", 4), ("info", 3), ("warning", 2), ("error", 1)])

@@ -59,10 +59,12 @@ def serve(config: ConfigOption = None) -> None:
     Exit codes: 0 stopped by a signal; 1 could not start, a part failed, or a second signal came; 2 bad settings.
     """
     settings = _load(config)
-    set_up_logging(settings.log_level, settings.log_format)
+    standard_error = set_up_logging(settings.log_level, settings.log_format)
     from authz_server import server  # noqa: PLC0415 - gRPC takes long to import, and only this command needs it
 
-    raise typer.Exit(asyncio.run(server.serve(settings)))
+    with standard_error.in_the_background():
+        exit_code = asyncio.run(server.serve(settings))
+    raise typer.Exit(exit_code)
 
 
 @app.command()
