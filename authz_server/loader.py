@@ -36,7 +36,7 @@ from authz_server.snapshot_file import (
 )
 from authz_server.store import interface
 from authz_server.store.interface import Position, Store, StoreError, StoreUnavailableError
-from authz_server.turns import Turns
+from authz_server.turns import STEP_SECONDS, Turns
 
 LOAD_SECONDS = 600.0
 """A child that takes longer hangs; a million networks take a small pod minutes."""
@@ -296,7 +296,7 @@ async def _unpacked(packed: PackedSnapshot, slices: Iterator[Snapshot | None], s
     gc_was_on = gc.isenabled()
     # What is built here stays: a collection in the midst of it would only stop everything to find that out.
     gc.disable()
-    turns = Turns()
+    turns = Turns(step_seconds=STEP_SECONDS / 2)  # it goes on for a second where tenants are many
     try:
         for done in slices:
             snapshot = done

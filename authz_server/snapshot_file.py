@@ -41,7 +41,7 @@ FORMAT = 1
 _DIGEST_BYTES = 32
 _FIXED_BYTES = len(MAGIC) + 8
 _ALIGNMENT = 8
-_CHUNK_ROWS = 200
+_CHUNK_ROWS = 100
 """Rows are read about one chunk at a time between checks, so this bounds how long a check may wait for it."""
 _COPY_BYTES = 1 << 20
 _FUTURE_SECONDS = 300.0

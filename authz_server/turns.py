@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-_STEP_SECONDS = 0.001
+STEP_SECONDS = 0.001
 """So long does a check wait for a step at most, and for the piece of work at the step's end."""
 _PAUSE_SECONDS = 0.001
 """A check takes some turns of the event loop. With one turn only between two steps it would wait for many of them."""
@@ -13,13 +13,14 @@ _PAUSE_SECONDS = 0.001
 class Turns:
     """Ends a step when it has lasted long enough, whatever the machine is and the work."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, step_seconds: float = STEP_SECONDS) -> None:
         """Begin a step; `clock` gives monotonic seconds."""
         self._clock = clock
-        self._until = clock() + _STEP_SECONDS
+        self._step_seconds = step_seconds
+        self._until = clock() + step_seconds
 
     async def take(self) -> None:
         """Let others have their turn, if the step is over; to be called after each small piece of work."""
         if self._clock() >= self._until:
             await asyncio.sleep(_PAUSE_SECONDS)
-            self._until = self._clock() + _STEP_SECONDS
+            self._until = self._clock() + self._step_seconds
