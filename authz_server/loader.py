@@ -18,7 +18,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +35,7 @@ from authz_server.snapshot_file import (
     open_packed,
 )
 from authz_server.store import interface
+from authz_server.store.batches import batched
 from authz_server.store.interface import Position, Store, StoreError, StoreUnavailableError
 from authz_server.turns import STEP_SECONDS, Turns
 
@@ -205,9 +206,8 @@ class ChildLoader:
         if last_good is None:
             return loaded
         snapshot = loaded.snapshot
-        keys = iter(snapshot.problems)
         turns = Turns()
-        while some := list(islice(keys, _ROWS_AT_ONCE)):
+        for some in batched(snapshot.problems, _ROWS_AT_ONCE):
             self._stood_in.update(some)
             snapshot = snapshot.with_last_good(last_good, some)
             await turns.take()
@@ -231,8 +231,7 @@ class ChildLoader:
 
         async def rows() -> AsyncIterator[bytes]:
             turns = Turns()
-            keys = chain(self._stood_in, changed)
-            while some := list(islice(keys, _ROWS_AT_ONCE)):
+            for some in batched(chain(self._stood_in, changed), _ROWS_AT_ONCE):
                 yield b"".join(json.dumps(change_row(key, loaded.snapshot)).encode() + b"\n" for key in some)
                 await turns.take()  # `drain` waits for nothing as long as the pipe takes it all
 

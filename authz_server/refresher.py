@@ -17,11 +17,11 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import islice
 
 from authz_server.loader import Loaded, Loader, Source, StoreLoader, release
 from authz_server.policy.records import Record, RecordKey, RecordKeys, Unreadable
 from authz_server.policy.snapshot import DecisionOptions, Snapshot, SnapshotDraft
+from authz_server.store.batches import batched
 from authz_server.store.interface import (
     EVENTS_AT_ONCE,
     Event,
@@ -299,8 +299,7 @@ class Refresher:
             return
         snapshot = repacked.snapshot.with_changes(self._last.revision, ())
         turns = Turns()
-        changed = iter(self._changed)
-        while some := list(islice(changed, _RECORDS_AT_ONCE)):
+        for some in batched(self._changed, _RECORDS_AT_ONCE):
             draft = SnapshotDraft(snapshot)
             for key in some:
                 draft.copy(key, self._last)

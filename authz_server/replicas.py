@@ -40,7 +40,7 @@ class Registry:
         Raises:
             StoreError: they cannot be read.
         """
-        replicas = tuple(replica for replica in await store.replicas() if not replica.vanished)
+        replicas = await counting_replicas(store)
         try:
             return cls(replicas, await store.position())
         except NotInitialisedError:
@@ -82,6 +82,15 @@ class Registry:
         if self.is_behind(replica):
             return f"revision {applied.revision}, {self.position.revision - applied.revision} behind"
         return f"another revision {applied.revision}"
+
+
+async def counting_replicas(store: Store) -> tuple[Replica, ...]:
+    """Read the reports of the servers that count.
+
+    Raises:
+        StoreError: they cannot be read.
+    """
+    return tuple(replica for replica in await store.replicas() if not replica.vanished)
 
 
 def _applied(replica: Replica) -> Position | None:

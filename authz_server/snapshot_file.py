@@ -20,7 +20,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from authz_server.policy.paths import parse_path_pattern
 from authz_server.policy.records import RecordKey, RecordKind
 from authz_server.policy.sharded import Sharded
 from authz_server.policy.snapshot import DecisionOptions, Kept, Snapshot, SnapshotDraft
+from authz_server.store.batches import batched
 from authz_server.store.interface import Position
 
 MAGIC = b"\x89authz\r\n"
@@ -106,7 +106,7 @@ def pack(snapshot: Snapshot, stamp: Stamp) -> Iterator[bytes | memoryview]:
     chunks = [
         (kind, json.dumps(rows, separators=(",", ":")).encode())
         for kind, all_rows in (("table", iter(tables)), *_all_rows(snapshot))
-        for rows in _chunked(all_rows)
+        for rows in batched(all_rows, _CHUNK_ROWS)
     ]
     header = json.dumps(
         {
@@ -281,11 +281,6 @@ def apply_change_row(draft: SnapshotDraft, row: list[Any]) -> None:
         draft.put_problem(key, problem)
     if value is not None:
         draft.keep(key, value if key.kind is RecordKind.ENTRY else _record(key.kind, value))
-
-
-def _chunked(rows: Iterator[Any]) -> Iterator[list[Any]]:
-    while some := list(islice(rows, _CHUNK_ROWS)):
-        yield some
 
 
 def _all_rows(snapshot: Snapshot) -> Iterator[tuple[str, Iterator[Any]]]:

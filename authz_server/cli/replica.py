@@ -8,7 +8,7 @@ from authz_server.cli.failures import EXIT_CODES, NotFoundError, RefusedError, S
 from authz_server.cli.output import Json, OutputFormat, print_json, print_table
 from authz_server.cli.session import Config, Output, RedisUrl, Yes, group_of, reading
 from authz_server.cli.times import show_moment, show_span
-from authz_server.replicas import Registry
+from authz_server.replicas import Registry, counting_replicas
 from authz_server.store.interface import InconsistentStateError, Replica, Store
 
 replica_app = group_of(
@@ -92,7 +92,7 @@ async def _look(store: Store) -> tuple[Registry, str]:
     try:
         return await Registry.read(store), ""
     except InconsistentStateError as error:
-        return Registry(tuple(replica for replica in await store.replicas() if not replica.vanished), None), str(error)
+        return Registry(await counting_replicas(store), None), str(error)
 
 
 def _reported(replica: Replica) -> str:

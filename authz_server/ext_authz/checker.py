@@ -21,6 +21,7 @@ from authz_server.policy.tenant import SourceKind
 _log = logging.getLogger(__name__)
 NO_SNAPSHOT = "there is no policy snapshot, or it is too old"
 """What clients are told that cannot have a decision."""
+_INTERNAL_ERROR = Denied(Reason.INTERNAL_ERROR)
 
 
 class CannotDecideError(Exception):
@@ -78,8 +79,7 @@ class Checker:
         self._read_headers = kept_headers
         self._reads_peer = False
         # Written beforehand, so that nothing of a request can make this answer fail too.
-        self._internal_error = Denied(Reason.INTERNAL_ERROR)
-        self._internal_error_answer = self._writer.write(self._internal_error, request_id="", revision=0)
+        self._internal_error_answer = self._writer.write(_INTERNAL_ERROR, request_id="", revision=0)
         self._observer_failed = False
 
     def check(self, data: bytes) -> bytes:
@@ -106,21 +106,22 @@ class Checker:
         snapshot = self._current()
         if snapshot is not None and snapshot.options is not self._options:
             self._take_options(snapshot.options)
-        errors: dict[int, Exception] = {}
-        asked, decisions = self._read(messages, errors)
+        checks = _Slice()
+        self._read(messages, checks)
         if snapshot is not None:
-            self._decide(asked, decisions, snapshot, errors)
-        answers = self._write(asked, decisions, snapshot.revision if snapshot else 0, errors)
+            self._decide(checks, snapshot)
+        revision = snapshot.revision if snapshot else 0
+        answers = self._write(checks, revision)
         seconds = (time.perf_counter() - started) / max(1, len(messages))
         answered: list[Checked] = []
-        for number, decision in enumerate(decisions):
+        errors = checks.errors
+        for number, (decision, attributes) in enumerate(zip(checks.decisions, checks.asked, strict=True)):
             if decision is None:
                 self._observe_unavailable()
                 continue
-            attributes = asked[number]
-            revision = snapshot.revision if snapshot and attributes else 0
+            decided_from = revision if attributes else 0
             # Without the constructor, which takes twice the time.
-            answered.append(tuple.__new__(Checked, (decision, attributes, revision, seconds, errors.get(number))))
+            answered.append(tuple.__new__(Checked, (decision, attributes, decided_from, seconds, errors.get(number))))
         try:
             if answered:
                 self._observe(answered)
@@ -137,56 +138,38 @@ class Checker:
             source.name for source in options.tenant_sources if source.kind is SourceKind.HEADER
         }
 
-    def _read(
-        self, messages: Iterable[bytes], errors: dict[int, Exception]
-    ) -> tuple[list[RequestAttributes | None], list[Decision | None]]:
-        """Return what is asked, and the decisions about what cannot be read."""
+    def _read(self, messages: Iterable[bytes], checks: "_Slice") -> None:
+        """Read what is asked, and decide about what cannot be read."""
         headers, with_peer, longest = self._read_headers, self._reads_peer, self._max_request_bytes
-        asked: list[RequestAttributes | None] = []
-        decisions: list[Decision | None] = []
-        for data in messages:
-            attributes: RequestAttributes | None = None
-            decision: Decision | None = None
+        asked, decisions = checks.asked, checks.decisions
+        for number, data in enumerate(messages):
+            asked.append(None)
+            decisions.append(None)
             try:
                 if len(data) > longest:
-                    decision = Denied(Reason.REQUEST_TOO_LARGE)
+                    decisions[number] = Denied(Reason.REQUEST_TOO_LARGE)
                 else:
-                    attributes = read_check_request(data, headers, with_peer=with_peer)
+                    asked[number] = read_check_request(data, headers, with_peer=with_peer)
             except BadCheckRequestError:
-                decision = Denied(Reason.BAD_REQUEST)
+                decisions[number] = Denied(Reason.BAD_REQUEST)
             except Exception as error:  # noqa: BLE001  (a fault that a request can provoke must deny it)
-                decision, errors[len(asked)] = self._internal_error, error
-            asked.append(attributes)
-            decisions.append(decision)
-        return asked, decisions
+                checks.deny(number, error)
 
-    def _decide(
-        self,
-        asked: list[RequestAttributes | None],
-        decisions: list[Decision | None],
-        snapshot: Snapshot,
-        errors: dict[int, Exception],
-    ) -> None:
-        """Fill in the decisions about all that could be read."""
-        clock = self._clock
-        for number, attributes in enumerate(asked):
+    def _decide(self, checks: "_Slice", snapshot: Snapshot) -> None:
+        """Decide about all that could be read."""
+        clock, decisions = self._clock, checks.decisions
+        for number, attributes in enumerate(checks.asked):
             if attributes is not None:
                 try:
                     decisions[number] = decide(attributes, snapshot, clock())
                 except Exception as error:  # noqa: BLE001  (as above)
-                    asked[number], decisions[number], errors[number] = None, self._internal_error, error
+                    checks.deny(number, error)
 
-    def _write(
-        self,
-        asked: list[RequestAttributes | None],
-        decisions: list[Decision | None],
-        revision: int,
-        errors: dict[int, Exception],
-    ) -> list[bytes | None]:
+    def _write(self, checks: "_Slice", revision: int) -> list[bytes | None]:
         """Return the answers; None where there is no decision."""
-        write = self._writer.write
+        write, asked = self._writer.write, checks.asked
         answers: list[bytes | None] = []
-        for number, decision in enumerate(decisions):
+        for number, decision in enumerate(checks.decisions):
             answer: bytes | None = None
             attributes = asked[number]
             try:
@@ -196,6 +179,23 @@ class Checker:
                     answer = write(decision, request_id="", revision=0)
             except Exception as error:  # noqa: BLE001  (as above)
                 answer = self._internal_error_answer
-                asked[number], decisions[number], errors[number] = None, self._internal_error, error
+                checks.deny(number, error)
             answers.append(answer)
         return answers
+
+
+class _Slice:
+    """Checks that came together, by their number."""
+
+    __slots__ = ("asked", "decisions", "errors")
+
+    def __init__(self) -> None:
+        self.asked: list[RequestAttributes | None] = []
+        """None where the check request cannot be read, or led to a fault."""
+        self.decisions: list[Decision | None] = []
+        """None where there is none (yet)."""
+        self.errors: dict[int, Exception] = {}
+
+    def deny(self, number: int, error: Exception) -> None:
+        """Deny a check that led to a fault."""
+        self.asked[number], self.decisions[number], self.errors[number] = None, _INTERNAL_ERROR, error

@@ -25,7 +25,6 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources
-from itertools import islice
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -39,6 +38,7 @@ from redis.backoff import EqualJitterBackoff, NoBackoff
 from authz_server.policy.access import Entry
 from authz_server.policy.records import Record, RecordKey, Unreadable
 from authz_server.store.address import RedisAddress
+from authz_server.store.batches import batched
 from authz_server.store.interface import (
     EVENTS_AT_ONCE,
     MAX_WRITES_PER_CHANGE,
@@ -261,8 +261,7 @@ class RedisStore:
             by_collection.setdefault(collection(key), []).append(key)
         found: dict[RecordKey, StoredRecord | None] = {}
         for name, members in by_collection.items():
-            for start in range(0, len(members), _SCAN_COUNT):
-                part = members[start : start + _SCAN_COUNT]
+            for part in batched(members, _SCAN_COUNT):
                 _, (texts,) = await self._look(
                     self._client,
                     lambda pipe, name=name, part=part: pipe.hmget(  # type: ignore[misc]
@@ -380,7 +379,7 @@ class RedisStore:
         change_id = replacement.change_id
         for name, new in texts.items():
             await self._stage(f"staged:{change_id}:{name}", new.items())
-        parts = [encode_event_records(part) for part in _batched(difference, MAX_WRITES_PER_CHANGE)]
+        parts = [encode_event_records(part) for part in batched(difference, MAX_WRITES_PER_CHANGE)]
         numbered = ((str(number), part) for number, part in enumerate(parts))
         await self._stage(f"difference:{change_id}", numbered, at_once=1)
         names = ["meta", "counts", "changes", f"change:{change_id}", "differences", f"difference:{change_id}"]
@@ -415,7 +414,7 @@ class RedisStore:
                 pipe.hset(key, "", "")
                 pipe.expire(key, _STAGED_SECONDS)
                 await pipe.execute()
-            for part in _batched(lines, at_once):
+            for part in batched(lines, at_once):
                 await self._client.hset(key, mapping=dict(part))
             await self._client.hdel(key, "")
 
@@ -438,7 +437,7 @@ class RedisStore:
             if text is None:
                 raise PositionLostError(f"what revision {event.position.revision} changed is not kept any more")
             try:
-                for some in _batched(read_event_records(text), _RECORDS_AT_ONCE):
+                for some in batched(read_event_records(text), _RECORDS_AT_ONCE):
                     yield tuple(some)
                     await turns.take()
             except ValueError as error:
@@ -523,7 +522,7 @@ class RedisStore:
             lines = [line async for line in self._scan("counts")]
         else:
             lines = []
-            for names in _batched(only, _SCAN_COUNT):
+            for names in batched(only, _SCAN_COUNT):
                 with self._errors():
                     texts: Any = await self._follower.hmget(self._key("counts"), names)
                 lines += [(name, text) for name, text in zip(names, texts, strict=True) if text is not None]
@@ -1133,13 +1132,6 @@ def _position_of(result: str, change_id: str) -> Position:
     """Read the stored result of a change."""
     epoch, revision, _ = result.split(" ")
     return Position(epoch, int(revision), change_id)
-
-
-def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Yield the items in lists of this size; the last one may be shorter."""
-    iterator = iter(items)
-    while part := list(islice(iterator, size)):
-        yield part
 
 
 async def _read_records(text: str, turns: Turns) -> tuple[EventRecord, ...]:
