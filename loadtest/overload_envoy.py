@@ -1,6 +1,7 @@
 """Offered more than it can answer, through a real Envoy: `python -m loadtest.overload_envoy [TRANSPORT...]`.
 
-The server is held to a small share of a core, so that Envoy (one worker, 200 ms for each check) is not what saturates.
+The server is held to a small share of a core, so that Envoy (one worker, 200 ms for each check) is not what saturates;
+what it takes of a core is shown.
 Its peak through this Envoy, a closed loop, is the reference; then requests come at a steady rate of multiples of it,
 for SECONDS each (h2load, an open loop). Counted are those that Envoy let pass within 200 ms; it fails closed here, so
 that a check that was shed or came too late is a 403. At last the same as at the beginning, a second after the load.
@@ -16,10 +17,10 @@ from pathlib import Path
 from authz_server.demo.envoy import Envoy
 from loadtest.cpu_share import held_to
 from loadtest.gateway import answering_gateway
-from loadtest.processes import Server, read_calls, tool
+from loadtest.processes import Server, cpu_seconds, read_calls, tool
 from loadtest.served import OURS
 
-SHARE = 0.05
+SHARE = 0.025
 MULTIPLES = (0.5, 1, 2, 5)
 SECONDS = 8
 DEADLINE_SECONDS = 0.2
@@ -42,35 +43,41 @@ def peak(url: str, seconds: int) -> float:
     return int(passed[1]) / seconds
 
 
-def offer(url: str, per_second: float) -> tuple[float, float, float]:
-    """Offer so many requests a second; return how many were made, passed in time, and failed within that time."""
+def offer(envoy: Envoy, per_second: float) -> tuple[float, float, float, float]:
+    """Offer so many requests a second.
+
+    Returns how many a second were made, passed in time, and failed within that time; and Envoy's share of a core.
+    """
+    began, before = time.monotonic(), cpu_seconds(envoy.pid)
     with tempfile.TemporaryDirectory() as directory:
         log = Path(directory) / "requests.log"
         calls = int(per_second * SECONDS)
         rate = (f"-n{calls}", f"-c{CONNECTIONS}", f"-m{STREAMS}", f"--rps={per_second / CONNECTIONS:.2f}")
-        run_h2load(url, *rate, f"--log-file={log}")
+        run_h2load(envoy.url, *rate, f"--log-file={log}")
+        share = (cpu_seconds(envoy.pid) - before) / (time.monotonic() - began)
         ended, seconds = read_calls(log)
     seconds = max(seconds, SECONDS)
     in_time = [status for status, micros in ended if micros <= DEADLINE_SECONDS * 1e6]
-    return len(ended) / seconds, in_time.count("200") / seconds, (len(in_time) - in_time.count("200")) / seconds
+    passed = in_time.count("200")
+    return len(ended) / seconds, passed / seconds, (len(in_time) - passed) / seconds, share
 
 
 def main() -> None:
     """Print a table."""
-    print("| server | offered, of peak | made/s | passed in time/s | of peak | refused in time/s |")
-    print("|---|---|---|---|---|---|")
+    print("| server | offered, of peak | made/s | passed in time/s | of peak | refused in time/s | Envoy, of a core |")
+    print("|---|---|---|---|---|---|---|")
     for transport in sys.argv[1:] or OURS:
         with Server(transport) as server:
             gateway = answering_gateway(("127.0.0.1", server.port), timeout_seconds=DEADLINE_SECONDS)
             with Envoy(gateway) as envoy, held_to(SHARE, server.pid):
                 best = max(peak(envoy.url, SECONDS), 1.0)
                 for multiple in MULTIPLES:
-                    made, passed, refused = offer(envoy.url, best * multiple)
-                    figures = f"{made:.0f} | {passed:.0f} | {passed / best:.2f} | {refused:.0f}"
+                    made, passed, refused, share = offer(envoy, best * multiple)
+                    figures = f"{made:.0f} | {passed:.0f} | {passed / best:.2f} | {refused:.0f} | {share:.2f}"
                     print(f"| {transport} | {multiple}x of {best:.0f}/s | {figures} |", flush=True)
                 time.sleep(1)
                 after = peak(envoy.url, 2)
-                print(f"| {transport} | a second later | | {after:.0f} | {after / best:.2f} | |", flush=True)
+                print(f"| {transport} | a second later | | {after:.0f} | {after / best:.2f} | | |", flush=True)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,12 @@ def tool(name: str, package: str) -> str:
     return path
 
 
+def cpu_seconds(pid: int) -> float:
+    """User and system time of all threads of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
 class Server:
     """A measured server in a process of its own, ended when left."""
 
@@ -53,8 +59,7 @@ class Server:
 
     def cpu_seconds(self) -> float:
         """User and system time of all its threads so far."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / _TICKS
+        return cpu_seconds(self.pid)
 
     def resident_mib(self, field: str = "VmRSS") -> float:
         """Memory now (`VmRSS`) or at most so far (`VmHWM`)."""

@@ -16,6 +16,8 @@ MAX_UNFINISHED_BYTES = 64 << 20
 """All unfinished messages together, by the lengths that they declare, and 64 KiB for each stream (its metadata)."""
 _REMEMBERED = 0.9
 """How much of what was learned of the pace counts beside the next slice."""
+_MAX_SHUT_TIMES = 32
+"""More than a socket holds of calls that were sent long ago (8 MiB, 256 KiB at a time)."""
 _FIRST_GUESS_SECONDS = 0.0001
 _FIRST_GUESS_CALLS = 32
 
@@ -39,6 +41,10 @@ class Backlog(Generic[C]):
         self.waiting = 0
         self.room = MAX_WAITING
         """So many more can be decided in half of `max_wait_seconds`; the others are to be shed before they wait."""
+        self._full_at: float | None = None
+        """When there was no room last."""
+        self._shut_times = 0
+        """How often it was shut since calls were let in last."""
         self.shed = 0
         """Calls that were answered UNAVAILABLE for lack of time or memory, so far."""
 
@@ -51,6 +57,27 @@ class Backlog(Generic[C]):
         """Let calls wait that came together, `now`."""
         self._batches.append((now, calls))
         self.waiting += len(calls)
+        self._shut_times = 0
+        self.open()
+        if not self.room:
+            self._full_at = now
+
+    def shut(self, now: float) -> bool:
+        """Have no room until `open` is called, if there was none a short while ago; tells whether it is so.
+
+        For calls of which it is known that newer ones were sent already. Not for ever: if nothing else ever came, no
+        call would be answered any more.
+        """
+        in_need = self._full_at is not None and now - self._full_at <= self._max_wait_seconds
+        if not in_need or self._shut_times >= _MAX_SHUT_TIMES:
+            return False
+        self._shut_times += 1
+        self._full_at = now
+        self.room = 0
+        return True
+
+    def open(self) -> None:
+        """Have room again, if there is any."""
         self.room = max(0, self._limit - self.waiting)
 
     def take(self, now: float, at_most: int) -> tuple[list[tuple[float, list[C]]], list[C]]:
@@ -71,7 +98,7 @@ class Backlog(Generic[C]):
             left -= len(calls)
         self.waiting -= at_most - left + len(late)
         self.shed += len(late)
-        self.room = max(0, self._limit - self.waiting)
+        self.open()
         return groups, late
 
     def note_pace(self, calls: int, seconds: float) -> None:

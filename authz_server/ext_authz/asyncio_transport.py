@@ -53,6 +53,8 @@ STALL_SECONDS = 10.0
 _EVICT_AFTER_SECONDS = 0.1
 """An unfinished message that is older than this makes its connection the one to end when memory is short."""
 _FILES_SPARE = 256
+READ_BYTES = 256 * 1024
+"""So much is read of one connection at a time."""
 _SWEEP_SECONDS = 1.0
 SLICE = 32
 """So many checks are decided between two looks at the sockets: about a millisecond."""
@@ -100,6 +102,8 @@ class AsyncioTransport:
         self._backlog: Backlog[Call] = Backlog(max_wait_seconds)
         self._memory = Memory(self._evict)
         self._heads = Heads()
+        self.read_buffer = memoryview(bytearray(READ_BYTES))
+        """What clients send comes here."""
         self._clients: dict[Connection, _Client] = {}
         self._hearing: Connection | None = None
         """Whose data is being read."""
@@ -107,7 +111,7 @@ class AsyncioTransport:
         self._working = False
         """Whether `_work` will be called soon."""
         self._worked_since: float | None = None
-        """Since when there have been checks to decide without a pause; None: there are none."""
+        """When the last slice of checks was answered, if there are more to decide."""
         self._draining = False
         self._health: HealthService | None = None
 
@@ -211,30 +215,40 @@ class AsyncioTransport:
 
     # ---- Checks -----------------------------------------------------------------------------------------------------
 
-    def receive(self, connection: Connection, data: bytes) -> None:
+    def receive(self, connection: Connection, data: bytes, *, more: bool) -> None:
         """Read what a client sent, and see to it that its checks are decided.
+
+        Args:
+            connection: the client's.
+            data: what came.
+            more: whether the client has sent more than that, which is newer.
 
         Raises:
             ClientError: the connection has to end.
         """
         self._hearing = connection
+        # In need the newest are taken on, and those are not in here.
+        shut = more and self._backlog.shut(time.monotonic())
         try:
             connection.receive(data)
         finally:
             self._hearing = None
+            if shut:
+                self._backlog.open()
             if self._backlog.waiting and not self._working:
                 self._working = True
                 self._loop.call_soon(self._work)
 
     def _work(self) -> None:
         """Decide about some of the checks that wait, and come back for the others when sockets were looked at."""
+        began = self._worked_since or time.monotonic()
         taken = 0
         try:
             taken = self._decide()
         finally:  # whatever happens: else no check would ever be decided again
             backlog, now = self._backlog, time.monotonic()
-            if taken and self._worked_since is not None:
-                backlog.note_pace(taken, now - self._worked_since)
+            if taken:
+                backlog.note_pace(taken, now - began)
             if backlog.waiting:
                 self._worked_since = now
                 self._loop.call_soon(self._work)
@@ -335,7 +349,7 @@ class AsyncioTransport:
                     client.end(goaway(ENHANCE_YOUR_CALM))
 
 
-class _Client(asyncio.Protocol):
+class _Client(asyncio.BufferedProtocol):
     """The socket of a connection."""
 
     def __init__(self, transport: AsyncioTransport) -> None:
@@ -356,14 +370,21 @@ class _Client(asyncio.Protocol):
             self._socket.abort()
         else:
             self.connection = connection
+            connection.send_settings()
+            self.flush()
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, _size_hint: int) -> memoryview:
+        """Return where to put what comes; it is taken from there before anything else is read."""
+        return self._transport.read_buffer
+
+    def buffer_updated(self, size: int) -> None:
         """Take what came."""
         if self._ended:
             return
         self.heard_at = time.monotonic()
+        buffer = self._transport.read_buffer
         try:
-            self._transport.receive(self.connection, data)
+            self._transport.receive(self.connection, bytes(buffer[:size]), more=size == len(buffer))
         except ClientError as error:
             self.end(goaway(error.code))
             return

@@ -70,8 +70,8 @@ _IDLE_FRAMES_A_CALL = 8
 
 CHECK_PATH = "/envoy.service.auth.v3.Authorization/Check"
 
-_frame_head = struct.Struct(">HBBBI").unpack_from
-_frame_and_message_heads = struct.Struct(">HBBBIBI").unpack_from
+_frame_head = struct.Struct(">IBI").unpack_from
+"""Length and kind in one number, flags, stream."""
 
 
 class ClientError(Exception):
@@ -257,6 +257,16 @@ def _parse_timeout(value: bytes) -> float | None:
     return int(found[1]) * _TIMEOUT_UNITS[found[2]] if found else None
 
 
+@lru_cache(maxsize=256)
+def _layout(block_bytes: int) -> struct.Struct:
+    """What stands before a check's message, when its head is a block of so many bytes in one frame.
+
+    Of the HEADERS frame: length and kind, flags, stream, block. Of the DATA frame: length and kind, flags, stream. Of
+    the message: whether it is compressed, its length.
+    """
+    return struct.Struct(f">IBI{block_bytes}sIBIBI")
+
+
 # ---- Connections ------------------------------------------------------------------------------------------------
 
 
@@ -356,6 +366,7 @@ class Connection:
         """Whether the client has acknowledged that it may not use a dynamic table."""
         self._early = _EarlyHeads()
         self._known = self._early.known
+        """Header blocks, read before, that mean the same now."""
         self._idle_frames = 0
         self._answered_before = 0
         """Calls answered until `rest` was called."""
@@ -413,82 +424,28 @@ class Connection:
 
     # ---- From the client ------------------------------------------------------------------------------------------
 
-    def receive(self, data: bytes) -> None:  # noqa: PLR0912, PLR0915 - a call for each frame would cost as much as it
+    def receive(self, data: bytes) -> None:
         """Take what the client sent.
 
         Raises:
             ClientError: the connection has to end.
         """
         buffer = self._rest + data if self._rest else data
-        size = len(buffer)
         at = 0
         if not self.greeted:
-            if buffer[: len(PREFACE)] != PREFACE[:size]:
+            if buffer[: len(PREFACE)] != PREFACE[: len(buffer)]:
                 raise ClientError(PROTOCOL_ERROR, "this is not HTTP/2")
-            if size < len(PREFACE):
+            if len(buffer) < len(PREFACE):
                 self._rest = buffer
                 return
-            self._greet()
+            self.greeted = True
             at = len(PREFACE)
-        backlog, waiting, known = self._backlog, self.waiting, self._known
         arrived: list[Call] = []
         try:
-            while size - at >= HEAD_BYTES:
-                high, low, kind, flags, stream = _frame_head(buffer, at)
-                length = high << 8 | low
-                if length > MAX_FRAME_BYTES:
-                    raise ClientError(FRAME_SIZE_ERROR, f"a frame of {length} bytes")
-                stop = at + HEAD_BYTES + length
-                if stop > size:
-                    break
-                # Nearly always: a head that is known, and a whole message behind it that ends the stream.
-                if (
-                    kind == HEADERS
-                    and flags == END_HEADERS
-                    and size - stop >= HEAD_BYTES + 5
-                    and self.last_stream < stream <= MAX_STREAM
-                    and stream & 1
-                    and self._collecting is None
-                    and (head := known.get(buffer[at + HEAD_BYTES : stop])) is not None
-                    and head.path is None
-                ):
-                    high, low, kind, flags, same, _, declared = _frame_and_message_heads(buffer, stop)
-                    length = high << 8 | low
-                    end = stop + HEAD_BYTES + length
-                    if (
-                        kind == DATA
-                        and flags == END_STREAM
-                        and same == stream
-                        and length == declared + 5
-                        and length <= MAX_FRAME_BYTES
-                        and end <= size
-                    ):
-                        self.last_stream = stream
-                        self._credit += length
-                        if len(arrived) >= backlog.room or len(waiting) >= MAX_UNANSWERED:
-                            backlog.shed += 1
-                            self.out += (_SHED_HEAD, stream.to_bytes(4, "big"), _SHED_BLOCK)
-                        else:
-                            waiting.add(stream)
-                            arrived.append((self, stream, buffer[stop + HEAD_BYTES + 5 : end], head.timeout))
-                        at = end
-                        continue
-                    high, low, kind, flags, stream = _frame_head(buffer, at)
-                if self._collecting is not None and (kind != CONTINUATION or stream != self._collecting[0]):
-                    raise ClientError(PROTOCOL_ERROR, "a header block was interrupted")
-                call = self._frame(kind, flags, stream, buffer[at + HEAD_BYTES : stop])
-                known = self._known
-                if call is not None:
-                    if len(arrived) >= backlog.room:
-                        self._shed(stream, ended=stream not in self._unended)
-                        self._forget(stream)
-                    else:
-                        waiting.add(stream)
-                        arrived.append((self, stream, *call))
-                at = stop
+            at = self._frames(buffer, at, arrived)
         finally:
             if arrived:
-                backlog.add(self._clock(), arrived)
+                self._backlog.add(self._clock(), arrived)
         self._rest = buffer[at:]
         if self._unreserved:
             self._reserve()
@@ -496,8 +453,90 @@ class Connection:
             self.out.append(frame(WINDOW_UPDATE, 0, 0, self._credit.to_bytes(4, "big")))
             self._credit = 0
 
-    def _greet(self) -> None:
-        self.greeted = True
+    def _frames(self, buffer: bytes, at: int, arrived: list[Call]) -> int:
+        """Take all whole frames from there on, put the checks that are whole by them into `arrived`.
+
+        Returns where the frame begins that is not whole.
+        """
+        size = len(buffer)
+        while size - at >= HEAD_BYTES:
+            word, flags, stream = _frame_head(buffer, at)
+            length, kind = word >> 8, word & 0xFF
+            if length > MAX_FRAME_BYTES:
+                raise ClientError(FRAME_SIZE_ERROR, f"a frame of {length} bytes")
+            stop = at + HEAD_BYTES + length
+            if stop > size:
+                break
+            payload = buffer[at + HEAD_BYTES : stop]
+            if kind == HEADERS and self._collecting is None:
+                head = self._known.get(payload)
+                if head is not None and head.path is None:
+                    after = self._whole_checks(buffer, at, payload, head.timeout, arrived)
+                    if after > at:
+                        at = after
+                        continue
+            if self._collecting is not None and (kind != CONTINUATION or stream != self._collecting[0]):
+                raise ClientError(PROTOCOL_ERROR, "a header block was interrupted")
+            call = self._frame(kind, flags, stream, payload)
+            if call is not None:
+                if len(arrived) >= self._backlog.room:
+                    self._shed(stream, ended=stream not in self._unended)
+                    self._forget(stream)
+                else:
+                    self.waiting.add(stream)
+                    arrived.append((self, stream, *call))
+            at = stop
+        return at
+
+    def _whole_checks(self, buffer: bytes, at: int, fields: bytes, timeout: float | None, arrived: list[Call]) -> int:
+        """Take checks as long as each is this head and a whole message that ends the stream, as nearly all are.
+
+        Returns where the next frame begins that is to be looked at more closely: `at` if that is the first.
+        """
+        layout = _layout(len(fields))
+        unpack, heads_bytes, head_word = layout.unpack_from, layout.size, len(fields) << 8 | HEADERS
+        size, last, waiting = len(buffer), self.last_stream, self.waiting
+        room = min(self._backlog.room - len(arrived), MAX_UNANSWERED - len(waiting))
+        credit = 0
+        shed: list[bytes] = []
+        while size - at >= heads_bytes:
+            word, flags, stream, written, data_word, data_flags, same, _, declared = unpack(buffer, at)
+            begin = at + heads_bytes
+            end = begin + declared
+            if (
+                word != head_word
+                or flags != END_HEADERS
+                or written != fields
+                or not last < stream <= MAX_STREAM
+                or not stream & 1
+                or data_word != declared + 5 << 8 | DATA
+                or data_flags != END_STREAM
+                or same != stream
+                or declared > MAX_FRAME_BYTES - 5
+                or end > size
+            ):
+                break
+            last = stream
+            credit += declared + 5
+            if room <= 0:
+                shed.append(stream.to_bytes(4, "big"))
+            else:
+                room -= 1
+                waiting.add(stream)
+                arrived.append((self, stream, buffer[begin:end], timeout))
+            at = end
+        self.last_stream = last
+        self._credit += credit
+        if shed:
+            self._backlog.shed += len(shed)
+            self.out += (_SHED_HEAD, (_SHED_BLOCK + _SHED_HEAD).join(shed), _SHED_BLOCK)
+        return at
+
+    def send_settings(self) -> None:
+        """Say first what clients may do here, without having heard of this one (section 3.4).
+
+        Until it knows, it may send only a few calls whole, but heads without end.
+        """
         ours = {
             _HEADER_TABLE_SIZE: 0,
             _MAX_CONCURRENT_STREAMS: STREAMS,
@@ -507,7 +546,7 @@ class Connection:
         }
         settings = b"".join(name.to_bytes(2, "big") + value.to_bytes(4, "big") for name, value in ours.items())
         self.out.append(frame(SETTINGS, 0, 0, settings))
-        self._credit = _CONNECTION_WINDOW - _DEFAULT_WINDOW
+        self.out.append(frame(WINDOW_UPDATE, 0, 0, (_CONNECTION_WINDOW - _DEFAULT_WINDOW).to_bytes(4, "big")))
 
     def _reserve(self) -> None:
         """Reserve memory for what is unfinished; end streams that there is none for."""
@@ -531,8 +570,9 @@ class Connection:
         if kind == CONTINUATION:
             return self._continuation(flags, payload)
         if kind == RST_STREAM:
-            self._reset(stream)
-            return None
+            if stream in self.waiting or self._open or self._others or self._unended or self._unsent:
+                self._reset(stream)
+            return None  # nearly always: answered already
         self._idle()
         if kind == WINDOW_UPDATE:
             self._open_window(stream, payload)

@@ -62,6 +62,29 @@ class TestBacklog:
             backlog.add(1.0, [0])
             assert backlog.room == 0
 
+    def test_it_is_shut_in_need_only_and_opened_again(self) -> None:
+        backlog: Backlog[int] = Backlog(0.1)
+        assert not backlog.shut(1.0)
+        backlog.add(1.0, list(range(MAX_WAITING)))
+        backlog.take(1.01, 100)
+        assert backlog.room == 100
+        assert backlog.shut(1.02)
+        assert backlog.room == 0
+        backlog.open()
+        assert backlog.room == 100
+        assert not backlog.shut(1.13)
+        assert backlog.room == 100
+
+    def test_it_is_not_shut_for_ever(self) -> None:
+        backlog: Backlog[int] = Backlog(0.1)
+        backlog.add(0.0, list(range(MAX_WAITING)))
+        backlog.take(0.0, 100)
+        tries = [backlog.shut(number * 0.05) for number in range(100)]
+        assert tries.count(True) == tries.index(False) == 32
+        backlog.open()
+        backlog.add(5.0, list(range(100)))
+        assert backlog.shut(5.0)
+
 
 class TestMemory:
     """A bound; what stalls goes first."""

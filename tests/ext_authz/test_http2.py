@@ -105,6 +105,7 @@ class Line:
         self.connection = make_connection(self.backlog, self.memory, self.others)
         self.at_client: list[h2.events.Event] = []
         self.client.initiate_connection()
+        self.connection.send_settings()
         if self.carried:
             self.carry()
 
@@ -621,6 +622,14 @@ FRAMES = st.one_of(
     st.builds(
         lambda stream: frame(HEADERS, END_HEADERS, stream, BLOCK) + frame(DATA, END_STREAM, stream, message(b"abc")),
         STREAM,
+    ),
+    st.builds(
+        lambda streams, cut: b"".join(
+            frame(HEADERS, END_HEADERS, stream, BLOCK) + frame(DATA, END_STREAM, stream, message(b"abc"))
+            for stream in streams
+        )[cut:],
+        st.sampled_from([(1, 3, 5), (3, 5, 7, 9), (5, 5), (7, 3), (1, 2, 3)]),
+        st.sampled_from([0, 0, 0, 9]),
     ),
 )
 
