@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 STEP_SECONDS = 0.001
 """So long does a check wait for a step at most, and for the piece of work at the step's end."""
+SHORT_STEP_SECONDS = 0.00015
+"""The same where it is not soon over: changes may come as long as they like."""
 _PAUSE_SECONDS = 0.001
 """A check takes some turns of the event loop. With one turn only between two steps it would wait for many of them."""
 

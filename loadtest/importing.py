@@ -23,7 +23,7 @@ from authz_server.policy.snapshot import DecisionOptions, Snapshot, build_snapsh
 from authz_server.snapshot_file import open_packed
 from authz_server.store.keys import SUM_MODULUS, share
 from loadtest.commands import AIM_MILLISECONDS, Slowlog
-from loadtest.large_policy import BLOCKED, FEED, NETWORKS, LargePolicy, RealServer, closed_loop
+from loadtest.large_policy import BLOCKED, FEED, NETWORKS, ClosedLoop, LargePolicy, RealServer
 from loadtest.match_table import MIXES, random_networks
 
 SERVERS = 3
@@ -84,7 +84,7 @@ def main(count: int = NETWORKS) -> None:
         slowlog = Slowlog(policy.valkey, client)
         files = [folder / str(number) for number in range(SERVERS)]
         servers = [stack.enter_context(RealServer(policy.valkey, file)) for file in files]
-        ask = stack.enter_context(closed_loop(servers[0].port))
+        ask = stack.enter_context(ClosedLoop(servers[0].port))
         quiet = ask(QUIET_SECONDS)
         slowlog.reset()
         began = time.monotonic()

@@ -12,8 +12,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -213,33 +212,43 @@ class Waits:
     """For the server that was asked in turn with this one."""
 
 
-@contextmanager
-def closed_loop(port: int, reference_port: int | None = None) -> Iterator[Callable[[float | None], Waits]]:
-    """Run a client of its own process that sends the next check as soon as the last is answered.
+class ClosedLoop:
+    """A client in a process of its own that sends the next check as soon as the last is answered, ended when left.
 
-    Yields a function that says how long it waited in the time since the last call, or in the next seconds. With a
-    reference, it asks both servers in turn.
+    With a reference, it asks both servers in turn.
     """
-    ports = [str(port)] if reference_port is None else [str(port), str(reference_port)]
-    command = [sys.executable, "-m", "loadtest.closed_loop", *ports]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as client:
-        assert client.stdin is not None
-        assert client.stdout is not None
 
-        def report() -> Waits:
-            client.stdin.write("\n")  # type: ignore[union-attr]
-            client.stdin.flush()  # type: ignore[union-attr]
-            figures = [Waits(**one) for one in json.loads(client.stdout.readline())]  # type: ignore[union-attr]
-            return dataclasses.replace(figures[0], reference=figures[1] if len(figures) > 1 else None)
+    def __init__(self, port: int, reference_port: int | None = None) -> None:
+        self._ports = [str(port)] if reference_port is None else [str(port), str(reference_port)]
 
-        def waits(seconds: float | None) -> Waits:
-            if seconds is not None:
-                report()
-                time.sleep(seconds)
-            return report()
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._client.pid
 
-        try:
-            waits(1.0)  # its first call connects
-            yield waits
-        finally:
-            client.stdin.close()
+    def __call__(self, seconds: float | None) -> Waits:
+        """Tell how long it waited in the time since the last call, or in the next seconds."""
+        if seconds is not None:
+            self._report()
+            time.sleep(seconds)
+        return self._report()
+
+    def _report(self) -> Waits:
+        assert self._client.stdin is not None
+        assert self._client.stdout is not None
+        self._client.stdin.write("\n")
+        self._client.stdin.flush()
+        figures = [Waits(**one) for one in json.loads(self._client.stdout.readline())]
+        return dataclasses.replace(figures[0], reference=figures[1] if len(figures) > 1 else None)
+
+    def __enter__(self) -> Self:
+        command = [sys.executable, "-m", "loadtest.closed_loop", *self._ports]
+        self._client = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self(1.0)  # its first call connects
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._client:  # closes its input, which ends it
+            pass

@@ -98,7 +98,7 @@ from authz_server.store.keys import (
     share,
     wished_texts,
 )
-from authz_server.turns import Turns
+from authz_server.turns import SHORT_STEP_SECONDS, Turns
 
 T = TypeVar("T")
 Client = Redis | RedisCluster
@@ -777,32 +777,31 @@ class RedisStore:
 
     async def events_after(self, position: Position, *, wait_seconds: float) -> list[Event]:
         """See `Store.events_after`; it may return [] some seconds earlier than asked."""
-        events = await self._events_now(position)
-        # The reply must come before redis-py gives the connection up.
-        wait_seconds = min(wait_seconds, self._reply_seconds * 0.8)
-        if events or wait_seconds <= 0:
-            return events
+        if wait_seconds <= 0:
+            return await self._events_now(position)
+        turns = Turns(step_seconds=SHORT_STEP_SECONDS)  # whose first step is over when the reply has been parsed
         with self._errors():
             replies: Any = await self._follower.xread(
                 {self._key("changes"): f"{position.revision}-0"},
                 count=EVENTS_AT_ONCE,
-                block=max(1, int(wait_seconds * 1000)),
+                # The reply must come before redis-py gives the connection up.
+                block=max(1, int(min(wait_seconds, self._reply_seconds * 0.8) * 1000)),
             )
         if not replies:
             return await self._events_now(position)
-        return await self._events(position, replies[0][1])
+        return await self._events(position, replies[0][1], turns)
 
     async def _events_now(self, position: Position) -> list[Event]:
         """Return the events that are there now, or [] once it is proven that none follows.
 
-        The proof costs little, as followers ask for it often: either the meta key still names our own change, or the
-        next event names it as the one before.
+        The proof costs little, as followers ask for it every few seconds: either the meta key still names our own
+        change, or the next event names it as the one before.
         """
         standing, (entries,) = await self._look(
             self._follower,
             lambda pipe: pipe.xrange(self._key("changes"), min=f"({position.revision}-0", count=EVENTS_AT_ONCE),
         )
-        events = await self._events(position, entries)
+        events = await self._events(position, entries, Turns(step_seconds=SHORT_STEP_SECONDS))
         if not events and standing.position != position:
             raise PositionLostError(
                 f"{self._where} is at revision {standing.position.revision} of epoch {standing.position.epoch} "
@@ -810,11 +809,11 @@ class RedisStore:
             )
         return events
 
-    async def _events(self, position: Position, entries: list[tuple[str, dict[str, str]]]) -> list[Event]:
+    async def _events(self, position: Position, entries: list[tuple[str, dict[str, str]]], turns: Turns) -> list[Event]:
         """Read stream entries and prove that they follow on each other and on the position."""
         events: list[Event] = []
-        turns = Turns()
         for entry_id, fields in entries:
+            await turns.take()
             try:
                 event = _event(entry_id, fields, await _read_records(fields.get("records", ""), turns))
             except ValueError as error:
