@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-
 _LOOK_SECONDS = 0.02
 
 
