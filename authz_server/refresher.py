@@ -33,7 +33,7 @@ from authz_server.store.interface import (
     UnknownFormatError,
 )
 from authz_server.store.keys import record_key_of
-from authz_server.turns import SHORT_STEP_SECONDS, Turns
+from authz_server.turns import Turns
 
 _WAIT_SECONDS = 5.0
 _FIRST_DELAY_SECONDS = 0.05
@@ -329,13 +329,13 @@ class Refresher:
         wait_seconds = self._wait_seconds if self.status.connected else 0.0
         events = await self._store.events_after(position, wait_seconds=wait_seconds)
         confirmed_at = self._clock()
-        turns = Turns(step_seconds=SHORT_STEP_SECONDS)
+        turns = Turns(short=True)
         counts: dict[str, int] = {}
         changes: list[tuple[RecordKey, Record | Unreadable | None]] = []
         for event in events:
             if event.parts:
                 snapshot = await self._apply(snapshot, position.revision, changes, turns)
-                snapshot = await self._apply_parts(snapshot, event, turns)
+                snapshot = await self._apply_parts(snapshot, event)
                 changes.clear()
             changes += ((item.key, item.record) for item in event.records)
             counts.update(event.counts)
@@ -366,8 +366,9 @@ class Refresher:
             for event in untold:  # we were cancelled, and these are applied all the same
                 self._on_event(event)
 
-    async def _apply_parts(self, snapshot: Snapshot, event: Event, turns: Turns) -> Snapshot:
+    async def _apply_parts(self, snapshot: Snapshot, event: Event) -> Snapshot:
         revision = event.position.revision
+        turns = Turns()
         if event.size > _LARGEST_DIFFERENCE:
             raise PositionLostError(f"revision {revision} changed {event.size} records: loading them is cheaper")
         async for some in self._store.difference(event):

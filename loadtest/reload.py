@@ -112,8 +112,10 @@ class Measured:
             for _ in range(RUNS):
                 quiet = self.ask(QUIET_SECONDS)
                 rate = self.policy.ask(change_often)
+                revision = self.policy.ask(lambda store: store.position()).revision
+                behind = self.server.wait_for_revision(revision, ask_every_seconds=0.02)
                 busy = self.ask(None)
-                tell(self.console, f"{rate:.0f} changes a second", quiet, busy)
+                tell(self.console, f"{rate:.0f} changes a second, in use {behind:.2f} s after the last", quiet, busy)
                 ratios.append(busy.p99 / quiet.p99)
                 longest.append(busy.longest)
         p99, most = map(statistics.median, (ratios, longest))

@@ -5,12 +5,12 @@ import asyncio
 from authz_server.turns import Turns
 
 
-async def steps_of(piece_seconds: float, pieces: int) -> list[int]:
+async def steps_of(piece_seconds: float, pieces: int, *, short: bool = False) -> list[int]:
     """Do so many pieces of work that take so long, and return how many others saw done whenever they had a turn."""
     now = 0.0
     done = 0
     seen: list[int] = []
-    turns = Turns(lambda: now)
+    turns = Turns(lambda: now, short=short)
 
     async def watch() -> None:
         while True:
@@ -23,6 +23,7 @@ async def steps_of(piece_seconds: float, pieces: int) -> list[int]:
         done += 1
         await turns.take()
     watching.cancel()
+    assert not short or all(seen.count(steps) >= 2 for steps in seen)  # a check takes two turns
     return sorted(set(seen))
 
 
@@ -36,3 +37,7 @@ async def test_each_piece_that_takes_longer_is_a_step() -> None:
 
 async def test_short_work_is_one_step() -> None:
     assert await steps_of(0.0001, 5) == []
+
+
+async def test_a_short_step_ends_when_it_has_lasted_less_than_half_of_that() -> None:
+    assert await steps_of(0.0003, 12, short=True) == [2, 4, 6, 8, 10, 12]
