@@ -16,8 +16,8 @@ wait for both."""
 class Turns:
     """Ends a step when it has lasted long enough, whatever the machine is and the work.
 
-    Steps are of a millisecond and have as long a pause: for what will be over. Those that are `short` have less than half
-    of that and a pause of just what a check needs: for what goes on as long as somebody makes changes, and must keep up.
+    Steps are of a millisecond and have as long a pause: for what will be over. Those that are `short` have less than
+    half of that and a pause of just what a check needs: for what goes on while changes are made, and must keep up.
     """
 
     def __init__(
