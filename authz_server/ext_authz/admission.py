@@ -4,6 +4,7 @@ No I/O and no clock of its own. A check that would be answered too late costs as
 so a bounded number waits; more are shed (UNAVAILABLE) before anything is done for them.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -41,7 +42,7 @@ class Backlog(Generic[C]):
         self.waiting = 0
         self.room = MAX_WAITING
         """So many more can be decided in half of `max_wait_seconds`; the others are to be shed before they wait."""
-        self._full_at: float | None = None
+        self._full_at = -math.inf
         """When there was no room last."""
         self._shut_times = 0
         """How often it was shut since calls were let in last."""
@@ -68,7 +69,7 @@ class Backlog(Generic[C]):
         For calls of which it is known that newer ones were sent already. Not for ever: if nothing else ever came, no
         call would be answered any more.
         """
-        in_need = self._full_at is not None and now - self._full_at <= self._max_wait_seconds
+        in_need = now - self._full_at <= self._max_wait_seconds
         if not in_need or self._shut_times >= _MAX_SHUT_TIMES:
             return False
         self._shut_times += 1

@@ -570,9 +570,8 @@ class Connection:
         if kind == CONTINUATION:
             return self._continuation(flags, payload)
         if kind == RST_STREAM:
-            if stream in self.waiting or self._open or self._others or self._unended or self._unsent:
-                self._reset(stream)
-            return None  # nearly always: answered already
+            self._reset(stream)
+            return None
         self._idle()
         if kind == WINDOW_UPDATE:
             self._open_window(stream, payload)
@@ -729,6 +728,8 @@ class Connection:
 
     def _reset(self, stream: int) -> None:
         """Forget a call that its client has reset, if it is one of those that wait."""
+        if not (stream in self.waiting or self._open or self._others or self._unended or self._unsent):
+            return  # so it is with most: answered already
         if stream in self._open:
             self._forget_open(stream)
         if stream in self._others:
