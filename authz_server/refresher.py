@@ -33,7 +33,7 @@ from authz_server.store.interface import (
     UnknownFormatError,
 )
 from authz_server.store.keys import record_key_of
-from authz_server.turns import Turns
+from authz_server.turns import Turns, short_turns
 
 _WAIT_SECONDS = 5.0
 _FIRST_DELAY_SECONDS = 0.05
@@ -329,7 +329,7 @@ class Refresher:
         wait_seconds = self._wait_seconds if self.status.connected else 0.0
         events = await self._store.events_after(position, wait_seconds=wait_seconds)
         confirmed_at = self._clock()
-        turns = Turns(short=True)
+        turns = short_turns()
         counts: dict[str, int] = {}
         changes: list[tuple[RecordKey, Record | Unreadable | None]] = []
         for event in events:

@@ -98,7 +98,7 @@ from authz_server.store.keys import (
     share,
     wished_texts,
 )
-from authz_server.turns import Turns
+from authz_server.turns import Turns, short_turns
 
 T = TypeVar("T")
 Client = Redis | RedisCluster
@@ -779,7 +779,7 @@ class RedisStore:
         """See `Store.events_after`; it may return [] some seconds earlier than asked."""
         if wait_seconds <= 0:
             return await self._events_now(position)
-        turns = Turns(short=True)  # whose first step is over when the reply has been parsed
+        turns = short_turns()  # whose first step is over when the reply has been parsed
         with self._errors():
             replies: Any = await self._follower.xread(
                 {self._key("changes"): f"{position.revision}-0"},
@@ -801,7 +801,7 @@ class RedisStore:
             self._follower,
             lambda pipe: pipe.xrange(self._key("changes"), min=f"({position.revision}-0", count=EVENTS_AT_ONCE),
         )
-        events = await self._events(position, entries, Turns(short=True))
+        events = await self._events(position, entries, short_turns())
         if not events and standing.position != position:
             raise PositionLostError(
                 f"{self._where} is at revision {standing.position.revision} of epoch {standing.position.epoch} "
