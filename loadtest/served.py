@@ -24,6 +24,7 @@ from authz_server.policy.addresses import parse_network
 from authz_server.policy.affinity import Instance, Tenant
 from authz_server.policy.records import entry_key, record_key
 from authz_server.policy.snapshot import DecisionOptions, Snapshot, build_snapshot
+from authz_server.policy.tenant import parse_tenant_source
 
 NETWORKS = 10_000
 TENANTS = 1_000
@@ -92,7 +93,7 @@ def build_policy() -> Snapshot:
         + [(record_key(record), record) for record in records],
         epoch="e",
         revision=1,
-        options=DecisionOptions(),
+        options=DecisionOptions(tenant_sources=(parse_tenant_source("header:x-tenant-id"),)),
     )
 
 
