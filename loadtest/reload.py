@@ -4,10 +4,11 @@
 
 By default all parts (some twenty minutes, 3 GB). A real Valkey holds the policy, a real server follows it, and one
 client asks without pause. Each figure under work stands beside the same client's figure just before, on the same
-server. The client asks a server that follows nothing, and answers every check alike, in turn with it: what that one's
-figures do is the machine's doing, which has two cores for all. In the part `changes` the servers and the client have
-one of them, where the client runs as soon as it can (as root), and Valkey and the writers the other. Replacing more
-records than a server takes over one by one is what leads to a full load; as many as it takes is the part `replacement`.
+server. In `load` and `replacement` the client asks a server that follows nothing, and answers every check alike, in
+turn with it: what that one's figures do is the machine's doing, which has two cores for all. In `changes` the server
+and the client have one of them, where the client runs as soon as it can (as root), and Valkey and the writers the
+other. Replacing more records than a server takes over one by one is what leads to a full load; as many as it takes is
+the part `replacement`.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ import secrets
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,12 +67,23 @@ async def change_often(store: RedisStore) -> float:
 def tell(console: Console, what: str, quiet: Waits, busy: Waits) -> None:
     """Print one comparison."""
     for who, now, before in (("", busy, quiet), ("    constant answers", busy.reference, quiet.reference)):
-        assert now is not None
-        assert before is not None
+        if now is None or before is None:
+            continue
         console.print(
             f"{who or what}: p99 {now.p99:.2f} ms, {now.p99 / before.p99:.2f} x {before.p99:.2f}; longest "
             f"{now.longest:.1f} ms, before {before.longest:.1f}; {now.refused} of {now.count} refused"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Disturbed:
+    """What a client noticed of one disturbance."""
+
+    busy: Waits
+    live_seconds: float
+    """Until the server decided by it."""
+    what: str = ""
+    """More about this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,46 +92,55 @@ class Measured:
 
     policy: LargePolicy
     server: RealServer
-    constant: Server
-    ask: ClosedLoop
     console: Console
 
-    def replacements(self, what: str, list_name: str, networks: int) -> None:
-        """Replace all networks of a list RUNS times by as many others."""
-        ratios, longest, lives = [], [], []
-        for number in range(RUNS):
+    def replacements(self, ask: ClosedLoop, what: str, list_name: str, networks: int) -> None:
+        """Replace all networks of a list by as many others."""
+
+        def disturb(number: int) -> Disturbed:
             feed = entries(list_name, random_networks(((4, 32, 1.0),), networks, random.Random(number % 2)))
-            quiet = self.ask(QUIET_SECONDS)
-            revision = self.policy.ask(lambda store, feed=feed: replace(store, feed))  # type: ignore[misc]
-            self.ask(None)
+            revision = self.policy.ask(lambda store: replace(store, feed))
+            ask(None)
             live = self.server.wait_for_revision(revision, ask_every_seconds=1.0)
-            busy = self.ask(None)
-            tell(self.console, f"{what}, {live:.0f} s", quiet, busy)
-            ratios.append(busy.p99 / quiet.p99)
-            longest.append(busy.longest)
-            lives.append(live)
-        p99, most, seconds = map(statistics.median, (ratios, longest, lives))
-        self.console.print(
-            f"{what}, medians of {RUNS}: p99 {p99:.2f} x, longest {most:.1f} ms, live after {seconds:.0f} s; "
-            f"at most {self.server.resident_mib('VmHWM'):.0f} MiB in the server"
-        )
+            return Disturbed(ask(None), live)
+
+        self._often(ask, what, disturb)
 
     def changes(self) -> None:
-        """Change one entry after the other, RUNS times; Valkey and the writers have a core to themselves."""
-        ratios, longest = [], []
-        asked = (self.server.pid, self.constant.pid, self.ask.pid)
-        with apart(asked, (self.policy.valkey.pid, os.getpid()), first=self.ask.pid):
-            for _ in range(RUNS):
-                quiet = self.ask(QUIET_SECONDS)
-                rate = self.policy.ask(change_often)
-                revision = self.policy.ask(lambda store: store.position()).revision
-                behind = self.server.wait_for_revision(revision, ask_every_seconds=0.02)
-                busy = self.ask(None)
-                tell(self.console, f"{rate:.0f} changes a second, in use {behind:.2f} s after the last", quiet, busy)
-                ratios.append(busy.p99 / quiet.p99)
-                longest.append(busy.longest)
-        p99, most = map(statistics.median, (ratios, longest))
-        self.console.print(f"changes, medians of {RUNS}: p99 {p99:.2f} x, longest {most:.1f} ms")
+        """Change one entry after the other; Valkey and the writers have a core to themselves."""
+
+        def disturb(_number: int) -> Disturbed:
+            rate = self.policy.ask(change_often)
+            revision = self.policy.ask(lambda store: store.position()).revision
+            behind = self.server.wait_for_revision(revision, ask_every_seconds=0.02)
+            return Disturbed(ask(None), behind, f" {rate:.0f} a second,")
+
+        with (
+            ClosedLoop(self.server.port) as ask,
+            apart((self.server.pid, ask.pid), (self.policy.valkey.pid, os.getpid()), first=ask.pid),
+        ):
+            self._often(ask, "changes", disturb)
+
+    def _often(self, ask: ClosedLoop, what: str, disturb: Callable[[int], Disturbed]) -> None:
+        """Compare with the quiet just before, RUNS times; `disturb` gets the number of the run."""
+        ratios, longest, lives = [], [], []
+        for number in range(RUNS):
+            quiet = ask(QUIET_SECONDS)
+            disturbed = disturb(number)
+            tell(
+                self.console,
+                f"{what},{disturbed.what} live after {disturbed.live_seconds:.2f} s",
+                quiet,
+                disturbed.busy,
+            )
+            ratios.append(disturbed.busy.p99 / quiet.p99)
+            longest.append(disturbed.busy.longest)
+            lives.append(disturbed.live_seconds)
+        p99, most, seconds = map(statistics.median, (ratios, longest, lives))
+        self.console.print(
+            f"{what}, medians of {RUNS}: p99 {p99:.2f} x, longest {most:.1f} ms, live after {seconds:.2f} s; "
+            f"at most {self.server.resident_mib('VmHWM'):.0f} MiB in the server"
+        )
 
 
 def start_often(policy: LargePolicy, file: Path, console: Console) -> None:
@@ -142,20 +163,17 @@ def main(parts: Sequence[str]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     with LargePolicy() as policy, tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "snapshot"
-        with (
-            RealServer(policy.valkey, file) as server,
-            Server("asyncio", "constant") as constant,
-            ClosedLoop(server.port, constant.port) as ask,
-        ):
+        with RealServer(policy.valkey, file) as server:
             console.print(
                 f"ready from the store after {server.ready_seconds:.1f} s, {server.resident_mib():.0f} MiB, "
                 f"file of {file.stat().st_size / 1e6:.1f} MB"
             )
-            measured = Measured(policy, server, constant, ask, console)
-            if "load" in parts:
-                measured.replacements("full load", FEED, FEED_NETWORKS)
-            if "replacement" in parts:
-                measured.replacements("replacement", "tenant:tenant-1/block", REPLACED_NETWORKS)
+            measured = Measured(policy, server, console)
+            with Server("asyncio", "constant") as constant, ClosedLoop(server.port, constant.port) as ask:
+                if "load" in parts:
+                    measured.replacements(ask, "full load", FEED, FEED_NETWORKS)
+                if "replacement" in parts:
+                    measured.replacements(ask, "replacement", "tenant:tenant-1/block", REPLACED_NETWORKS)
             if "changes" in parts:
                 measured.changes()
         if "start" in parts:
