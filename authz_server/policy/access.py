@@ -16,6 +16,7 @@ from authz_server.policy.paths import PathPattern
 from authz_server.policy.reasons import Reason
 
 GLOBAL_SCOPE = "global"
+_TENANT_SCOPE = "tenant:"
 _ASCII_LOWER = str.maketrans(ascii_uppercase, ascii_lowercase)
 
 
@@ -65,7 +66,7 @@ class Entry:
 
 
 # Every check asks for these, and Python 3.11 is slow to find them in their classes.
-_ALLOW, _BLOCK, _ENFORCE, _ALLOWED = Side.ALLOW, Side.BLOCK, Enforcement.ENFORCE, Reason.ALLOWED
+_ALLOW, _BLOCK, _ALLOWED = Side.ALLOW, Side.BLOCK, Reason.ALLOWED
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +135,20 @@ def own_list(scope_name: str, side: Side) -> str:
     return f"{scope_name}/{side}"
 
 
-_OWN_ALLOW, _OWN_BLOCK = own_list("", Side.ALLOW), own_list("", Side.BLOCK)
+def scope_of_own_list(list_name: str) -> str | None:
+    """Return the name of the scope whose own list has this name; None when it is a list that scopes use by name."""
+    scope_name, slash, _ = list_name.rpartition("/")
+    return scope_name if slash else None
 
 
 def tenant_scope(tenant_id: str) -> str:
     """Return the name of a tenant's scope."""
-    return f"tenant:{tenant_id}"
+    return _TENANT_SCOPE + tenant_id
+
+
+def tenant_of_scope(scope_name: str) -> str | None:
+    """Return the id of the tenant whose scope has this name; None when it is another scope."""
+    return scope_name[len(_TENANT_SCOPE) :] if scope_name.startswith(_TENANT_SCOPE) else None
 
 
 def resource_scope(resource_name: str) -> str:
@@ -191,19 +200,6 @@ def judge(scope: Scope, tables: Mapping[str, NetworkTable], address: Address, no
     if allow:
         return ScopeOutcome(scope.name, scope.enforcement, Reason.ALLOWLISTED, _list_match(address, allow))
     return scope.unmatched
-
-
-def judge_without_record(
-    scope_name: str, tables: Mapping[str, NetworkTable], address: Address, now: float
-) -> ScopeOutcome:
-    """Say what `judge` says of a scope that has no record: it is open and enforced, and its own lists count.
-
-    Most tenants are of this kind, and most of these have no lists of their own either.
-    """
-    table = tables.get
-    if table(scope_name + _OWN_ALLOW) is None and table(scope_name + _OWN_BLOCK) is None:
-        return tuple.__new__(ScopeOutcome, (scope_name, _ENFORCE, _ALLOWED, None))  # in half the time
-    return judge(Scope(scope_name), tables, address, now)
 
 
 _Match = tuple[int, int, str]

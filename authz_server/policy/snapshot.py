@@ -21,7 +21,11 @@ from authz_server.policy.access import (
     NamedList,
     Resource,
     Scope,
+    Side,
+    own_list,
     resource_scope,
+    scope_of_own_list,
+    tenant_of_scope,
 )
 from authz_server.policy.addresses import InvalidNetworkError, Network, parse_network
 from authz_server.policy.affinity import Instance, InstanceState, Tenant
@@ -124,6 +128,9 @@ class Snapshot:
     degraded: frozenset[str] = frozenset()
     """Scopes that use a list with an unreadable entry, or a list that does not exist."""
     global_scope: Scope = _OPEN_EVERYWHERE
+    tenant_scopes: Sharded[str, Scope] = field(default_factory=Sharded)
+    """Tenant id -> its scope, by its record or by defaults, of those that have a record or lists of their own. Other
+    tenants' scopes are open and enforced, and have no lists."""
     guarded_resources: tuple[GuardedResource, ...] = ()
     """By resource name; patterns are ready for comparison with readings (case folded when the options say so)."""
     guarded_names: frozenset[str] | None = frozenset()
@@ -206,6 +213,7 @@ class SnapshotDraft:
         self._tables = before.tables.draft()
         self._networks = before.networks
         self._changed_scopes: set[str] = set()
+        self._changed_tables: list[str] = []
         self._lists_changed = False
         """Whether some list came or went: any scope may be degraded by it or no more."""
 
@@ -283,16 +291,19 @@ class SnapshotDraft:
     def put_table(self, list_name: str, table: NetworkTable) -> None:
         """Set all networks of a list, of which the earlier snapshot has none."""
         self._tables.put(list_name, table)
+        self._changed_tables.append(list_name)
         self._networks += len(table)
 
     def done(self, revision: int) -> Snapshot:
         """Return the snapshot; the draft must not be used any more."""
         self._apply_entries()
+        tables = self._tables.done()
         changed: dict[str, Any] = {_FIELDS[kind]: draft.done() for kind, draft in self._drafts.items()}
         snapshot = replace(
             self._before,
             revision=revision,
-            tables=self._tables.done(),
+            tables=tables,
+            tenant_scopes=self._tenant_scopes(changed.get("scopes", self._before.scopes), tables),
             problems=self._problems.done(),
             unreadable=+self._unreadable,
             missing=+self._missing,
@@ -301,7 +312,7 @@ class SnapshotDraft:
             **changed,
         )
         degraded = self._degraded(snapshot)
-        if RecordKind.RESOURCE in self._drafts or any(not name.startswith("tenant:") for name in self._changed_scopes):
+        if RecordKind.RESOURCE in self._drafts or any(tenant_of_scope(name) is None for name in self._changed_scopes):
             return replace(snapshot, degraded=degraded, **_derived(snapshot))
         return snapshot if degraded == snapshot.degraded else replace(snapshot, degraded=degraded)
 
@@ -330,13 +341,27 @@ class SnapshotDraft:
                 table = (self._tables.get(name) or NetworkTable()).with_changes(items.items())
             self._networks += len(table) - len(self._tables.get(name) or ())
             self._tables.put(name, table if len(table) else None)
+            self._changed_tables.append(name)
+
+    def _tenant_scopes(self, scopes: Mapping[str, Scope], tables: Mapping[str, NetworkTable]) -> Sharded[str, Scope]:
+        changed = self._changed_scopes.union(filter(None, map(scope_of_own_list, self._changed_tables)))
+        tenants = [(tenant, name) for name in changed if (tenant := tenant_of_scope(name)) is not None]
+        if not tenants:
+            return self._before.tenant_scopes
+        draft = self._before.tenant_scopes.draft()
+        for tenant, name in tenants:
+            scope = scopes.get(name)
+            if scope is None and any(own_list(name, side) in tables for side in Side):
+                scope = Scope(name)
+            draft.put(tenant, scope)
+        return draft.done()
 
     def _degraded(self, snapshot: Snapshot) -> frozenset[str]:
         unreadable = snapshot.unreadable.keys()
         lists_changed = self._lists_changed or unreadable != self._before.unreadable.keys()
         if not lists_changed and not self._changed_scopes:
             return snapshot.degraded
-        by_own_list = {name.rpartition("/")[0] for name in unreadable if "/" in name}
+        by_own_list = set(filter(None, map(scope_of_own_list, unreadable)))
 
         def is_degraded(scope: Scope | None) -> bool:
             named = {*scope.allow_lists, *scope.block_lists} if scope else set()

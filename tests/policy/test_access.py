@@ -10,10 +10,11 @@ from authz_server.policy.access import (
     Scope,
     Side,
     judge,
-    judge_without_record,
     normalize_host,
     own_list,
     resource_scope,
+    scope_of_own_list,
+    tenant_of_scope,
     tenant_scope,
 )
 from authz_server.policy.addresses import parse_address, parse_network
@@ -159,6 +160,9 @@ def test_an_entry_counts_until_its_second_begins(now: float, counts: bool) -> No
 def test_names_of_scopes_and_their_lists() -> None:
     assert (tenant_scope("acme"), resource_scope("docs")) == ("tenant:acme", "resource:docs")
     assert own_list("tenant:acme", Side.BLOCK) == "tenant:acme/block"
+    assert [tenant_of_scope(name) for name in ("tenant:acme", "resource:docs", "global")] == ["acme", None, None]
+    assert scope_of_own_list("tenant:acme/block") == "tenant:acme"
+    assert scope_of_own_list("office") is None
     scope = Scope("global", allow_lists=("office",), block_lists=("feed", "abuse"))
     assert scope.lists[Side.ALLOW] == ("global/allow", "office")
     assert scope.lists[Side.BLOCK] == ("global/block", "feed", "abuse")
@@ -209,19 +213,3 @@ def test_a_resource_applies_by_host_and_any_reading(
 ) -> None:
     resource = Resource("docs", (parse_path_pattern("/api-docs"), parse_path_pattern("/docs")), hosts)
     assert (resource.is_on(host) and resource.holds(read_path(path, fold_case=True))) is applies
-
-
-@pytest.mark.parametrize(
-    "lists",
-    [
-        {},
-        {"tenant:acme/allow": ["10.0.0.0/8"]},
-        {"tenant:acme/block": ["10.0.0.0/8"]},
-        {"tenant:acme/allow": ["10.1.2.0/24"], "tenant:acme/block": ["10.0.0.0/8"]},
-        {"tenant:acme/block": ["11.0.0.0/8"]},
-        {"tenant:other/block": ["10.0.0.0/8"], "global/block": ["10.0.0.0/8"]},
-    ],
-)
-def test_a_scope_without_a_record_is_judged_as_one_of_defaults(lists: dict[str, list[str]]) -> None:
-    built, client = tables(lists), parse_address(CLIENT)
-    assert judge_without_record("tenant:acme", built, client, NOW) == judge(Scope("tenant:acme"), built, client, NOW)

@@ -248,6 +248,38 @@ BAD_REQUESTS = {
 }
 
 
+TENANT_CHANGES: dict[str, tuple[str, list[tuple[RecordKey, Record | Unreadable | None]]]] = {
+    "moved": ("queue-2", keyed(Tenant("plain", "queue-2"))),
+    "held": ("tenant_held", keyed(Tenant("plain", "queue-1", held=True))),
+    "unregistered": ("None", [(record_key(Tenant("plain", None)), None)]),
+    "instance-gone": ("unknown_instance", [(record_key(Instance("queue-1")), None)]),
+    "restricted": ("not_allowlisted", keyed(Scope("tenant:plain", Mode.RESTRICTED))),
+    "own-block-list": ("blocked", listed("tenant:plain/block", "198.51.100.0/24")),
+    "named-block-list": (
+        "blocked",
+        [*keyed(NamedList("feed"), Scope("tenant:plain", block_lists=("feed",))), *listed("feed", "198.51.100.0/24")],
+    ),
+    "blocked-everywhere": ("blocked", listed("global/block", "198.51.100.0/24")),
+}
+
+
+@pytest.mark.parametrize(("expected", "changes"), TENANT_CHANGES.values(), ids=TENANT_CHANGES)
+def test_a_change_about_a_tenant_counts_at_once_and_in_its_snapshot_only(
+    expected: str, changes: list[tuple[RecordKey, Record | Unreadable | None]]
+) -> None:
+    def said(policy: Snapshot) -> str:
+        decision = ask(policy, tenant="plain")
+        return str(decision.instance if isinstance(decision, Allowed) else decision.reason)
+
+    before = snapshot(*keyed(Tenant("plain", "queue-1")))
+    assert [said(before), said(before)] == ["queue-1", "queue-1"]
+    after = before.with_changes(3, changes)
+    assert [said(after), said(after)] == [expected, expected]
+    back = after.with_changes(4, [(key, None) for key, _ in changes])
+    back = back.with_changes(5, keyed(Tenant("plain", "queue-1"), Instance("queue-1")))
+    assert [said(back), said(before)] == ["queue-1", "queue-1"]
+
+
 @pytest.mark.parametrize(("question", "reason"), BAD_REQUESTS.values(), ids=BAD_REQUESTS)
 def test_denials_come_in_this_order(question: dict[str, str], reason: str) -> None:
     assert ask(snapshot(), **question).reason == reason
