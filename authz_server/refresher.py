@@ -153,6 +153,7 @@ class Refresher:
         self._remembered: deque[Event] = deque(maxlen=_REMEMBERED)
         self._verify_cursor = 0
         self._verify_at = -math.inf
+        self._verifying: asyncio.Task[None] | None = None
         self._incident = ""
         self._edited: tuple[str, ...] = ()
         self._changed = RecordKeys()
@@ -173,11 +174,13 @@ class Refresher:
                     if self._last is None or self._position is None:
                         await self._load()
                     else:
+                        self._verify_when_due()
                         await self._follow(self._last, self._position)
-                        await self._verify()
+                        self._end_verifying()
                         failures = 0
                         await self._keep_packed()
                 except Exception as error:  # noqa: BLE001 - a refresher that died would freeze the policy unseen
+                    await self._stop_verifying()
                     if not isinstance(error, StoreError) or isinstance(error, PositionLostError):
                         self._position = None
                     self._report(error)
@@ -186,6 +189,7 @@ class Refresher:
         finally:
             if self._expiry:
                 self._expiry.cancel()
+            await self._stop_verifying()
             await self._stop_repacking()
 
     async def _restore(self) -> None:
@@ -242,10 +246,26 @@ class Refresher:
         gone_back = applied.epoch == found.epoch and applied.revision > found.revision
         return LostChanges(applied, found, lost) if lost or gone_back else None
 
+    def _verify_when_due(self) -> None:
+        """Now and then, begin to compare; beside following, for it asks questions that a slow store answers late."""
+        if self._verifying is None and self.status.connected and self._clock() >= self._verify_at:
+            self._verifying = asyncio.create_task(self._verify(), name="verify")
+
+    def _end_verifying(self) -> None:
+        """If the comparison is over, raise what it raised."""
+        if self._verifying is not None and self._verifying.done():
+            task, self._verifying = self._verifying, None
+            task.result()
+
+    async def _stop_verifying(self) -> None:
+        """Leave a comparison: what it finds about a store that was away, or another snapshot, means nothing."""
+        task, self._verifying = self._verifying, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait({task})
+
     async def _verify(self) -> None:
-        """Now and then, compare a part of the store's counts with what is there, and with the snapshot."""
-        if self._clock() < self._verify_at:
-            return
+        """Compare a part of the store's counts with what is there, and with the snapshot."""
         try:
             part = await self._store.verify(self._verify_cursor)
         except InconsistentStateError as error:

@@ -23,7 +23,7 @@ from authz_server.policy.networks import UNREADABLE
 from authz_server.policy.records import RecordKey, RecordKind
 from authz_server.policy.snapshot import DecisionOptions, UnknownTenant, build_snapshot
 from authz_server.refresher import LostChanges, Refresher, RefresherStatus
-from authz_server.store.interface import Event, LoadedPolicy, Position, Replacement, Store
+from authz_server.store.interface import Event, LoadedPolicy, Position, Replacement, Store, VerifiedCounts
 from authz_server.store.memory_store import MemoryStore
 from authz_server.store.redis_store import RedisStore
 
@@ -421,6 +421,46 @@ async def test_a_snapshot_that_differs_from_the_store_is_loaded_anew(store: Memo
         store.counts["instances"] = 2
         await eventually(lambda: refresher.status.loads == 2)
         assert contents(refresher.current) == await fresh(store)
+
+
+class SlowlyVerified(MemoryStore):
+    """Answers what is asked for the comparison of counts only when it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.answers = 0, asyncio.Event()
+
+    async def verify(self, cursor: int) -> VerifiedCounts:
+        self.asked += 1
+        await self.answers.wait()
+        return await super().verify(cursor)
+
+
+@pytest.mark.usefixtures("quick_look")
+async def test_a_comparison_that_takes_long_holds_up_no_change() -> None:
+    store = SlowlyVerified()
+    writer = Writer(store)
+    await writer.init()
+    async with running(store) as refresher:
+        await eventually(lambda: store.asked == 1)
+        await writer.set((Q1, Instance("q1")))
+        await eventually(at_revision(refresher, 2))
+        del store.collections["instances"]
+        store.answers.set()
+        await eventually(lambda: "instances" in refresher.status.incident)
+
+
+@pytest.mark.usefixtures("quick_look")
+async def test_a_comparison_that_was_asked_for_before_a_trouble_is_left() -> None:
+    store = SlowlyVerified()
+    await Writer(store).init()
+    async with running(store) as refresher:
+        await eventually(lambda: store.asked == 1)
+        store.available = False
+        await eventually(lambda: not refresher.status.connected)
+        store.available = True
+        await eventually(lambda: store.asked == 2)
+        assert refresher.status.connected
 
 
 async def test_texts_edited_by_hand_are_told_where_they_are_loaded(store: MemoryStore, writer: Writer) -> None:
