@@ -2,12 +2,14 @@
 
     python -m loadtest.importing [NETWORKS]
 
-By default 10^6 networks (some three minutes, 3 GB). `authzctl list import` makes an empty list hold them, on a real
+By default 10^6 networks (some five minutes, 3 GB). `authzctl list import` makes an empty list hold them, on a real
 Valkey that three servers follow. One client asks the first of them without pause: its waits during the import stand
-beside those just before it. The store's SLOWLOG tells its slowest command (see `loadtest.commands`). At the end what
-each server decides by, as its snapshot file has it, is compared with what the store holds, by checksums.
+beside those just before it. As each of them would have cores of its own, those two have one here, and everybody else
+the other (as root). The store's SLOWLOG tells its slowest command (see `loadtest.commands`). At the end what each
+server decides by, as its snapshot file has it, is compared with what the store holds, by checksums.
 """
 
+import os
 import random
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from authz_server.policy.snapshot import DecisionOptions, Snapshot, build_snapsh
 from authz_server.snapshot_file import open_packed
 from authz_server.store.keys import SUM_MODULUS, share
 from loadtest.commands import AIM_MILLISECONDS, Slowlog
+from loadtest.cores import apart
 from loadtest.large_policy import BLOCKED, FEED, NETWORKS, ClosedLoop, LargePolicy, RealServer
 from loadtest.match_table import MIXES, random_networks
 
@@ -83,8 +86,10 @@ def main(count: int = NETWORKS) -> None:
         client = stack.enter_context(Redis.from_url(policy.valkey.url))
         slowlog = Slowlog(policy.valkey, client)
         files = [folder / str(number) for number in range(SERVERS)]
-        servers = [stack.enter_context(RealServer(policy.valkey, file)) for file in files]
-        ask = stack.enter_context(ClosedLoop(servers[0].port))
+        asked, *others = servers = [stack.enter_context(RealServer(policy.valkey, file)) for file in files]
+        ask = stack.enter_context(ClosedLoop(asked.port))
+        everybody_else = (policy.valkey.pid, os.getpid(), *(server.pid for server in others))
+        stack.enter_context(apart((asked.pid, ask.pid), everybody_else, first=ask.pid))
         quiet = ask(QUIET_SECONDS)
         slowlog.reset()
         began = time.monotonic()
