@@ -33,6 +33,7 @@ from authz_server.store.interface import (
     UnknownFormatError,
 )
 from authz_server.store.keys import record_key_of
+from authz_server.tasks import cancel
 from authz_server.turns import Turns, short_turns
 
 _WAIT_SECONDS = 5.0
@@ -261,8 +262,7 @@ class Refresher:
         """Leave a comparison: what it finds about a store that was away, or another snapshot, means nothing."""
         task, self._verifying = self._verifying, None
         if task is not None:
-            task.cancel()
-            await asyncio.wait({task})
+            await cancel(task)
 
     async def _verify(self) -> None:
         """Compare a part of the store's counts with what is there, and with the snapshot."""

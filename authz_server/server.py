@@ -39,6 +39,7 @@ from authz_server.replicas import Registry, Reporter
 from authz_server.settings import Settings, parse_listen
 from authz_server.store.interface import Event, Store
 from authz_server.store.redis_store import RedisStore
+from authz_server.tasks import cancel
 
 if TYPE_CHECKING:
     from authz_server.tracing import Tracing
@@ -49,7 +50,6 @@ EXIT_FAILED = 1
 
 FAULT_SECONDS = 1.0
 """At most one internal error in this time is logged: clients may be able to provoke them."""
-_CANCEL_AGAIN_SECONDS = 0.1
 _LOG_CLOSE_SECONDS = 2.0
 """How long the decision log may take for its last lines."""
 _ANNOUNCE_SECONDS = 1.0
@@ -185,7 +185,7 @@ async def _serve(settings: Settings, stopping: asyncio.Event, stack: AsyncExitSt
     reporting = asyncio.create_task(reporter.run(), name="reporter")
     stack.push_async_callback(_leave, reporter, reporting)
     follower = asyncio.create_task(follow(), name="refresher")
-    stack.push_async_callback(_cancel, follower)
+    stack.push_async_callback(cancel, follower)
     stack.push_async_callback(transport.drain, settings.grace_seconds)
 
     _log.info(
@@ -394,17 +394,10 @@ async def _stop_admin(admin: AdminServer, task: asyncio.Task[None]) -> None:
     await asyncio.wait({task})
 
 
-async def _cancel(task: asyncio.Task[None]) -> None:
-    # More than once: asyncio.wait_for of Python 3.11, which redis-py sends by, can swallow a cancellation (gh-86296).
-    while not task.done():
-        task.cancel()
-        await asyncio.wait({task}, timeout=_CANCEL_AGAIN_SECONDS)
-
-
 async def _leave(reporter: Reporter, task: asyncio.Task[None]) -> None:
     reporter.leave()
     await asyncio.wait({task}, timeout=_LEAVE_SECONDS)
-    await _cancel(task)
+    await cancel(task)
 
 
 def _reporter(store: Store, settings: Settings) -> Reporter:
