@@ -325,8 +325,12 @@ async def release(snapshot: Snapshot) -> None:
 async def _parts(snapshot: Snapshot, turns: Turns) -> tuple[list[dict[Any, Any]], set[mmap.mmap]]:
     """Return the dicts that a snapshot consists of, and the memory that its networks are read from."""
     mappings = (
-        *(snapshot.tables, snapshot.tenants, snapshot.scopes, snapshot.tenant_scopes),
-        *(snapshot.resources, snapshot.problems),
+        snapshot.tables,
+        snapshot.tenants,
+        snapshot.scopes,
+        snapshot.tenant_scopes,
+        snapshot.resources,
+        snapshot.problems,
     )
     shards: list[dict[Any, Any]] = [shard for mapping in mappings for shard in mapping.shards]
     memories = set()

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from authz_server.policy import paths
-from authz_server.policy.access import Enforcement, Entry, Mode, NamedList, Resource, Scope
-from authz_server.policy.addresses import parse_network
+from authz_server.policy.access import Enforcement, Entry, Mode, NamedList, Resource, Scope, judge
+from authz_server.policy.addresses import parse_address, parse_network
 from authz_server.policy.affinity import Instance, InstanceState, Tenant
 from authz_server.policy.attributes import RequestAttributes
 from authz_server.policy.decision import Allowed, Decision, Denied, decide
@@ -123,6 +123,23 @@ ACCESS = {
 @pytest.mark.parametrize(("question", "reason"), ACCESS.values(), ids=ACCESS)
 def test_access(question: dict[str, str], reason: str) -> None:
     assert ask(snapshot(), **question).reason == reason
+
+
+@pytest.mark.parametrize(
+    "lists",
+    [
+        {},
+        {"tenant:plain/allow": ["10.0.0.0/8"]},
+        {"tenant:plain/block": ["10.0.0.0/8"]},
+        {"tenant:plain/allow": ["10.1.2.0/24"], "tenant:plain/block": ["10.0.0.0/8"]},
+        {"tenant:plain/block": ["11.0.0.0/8"]},
+        {"tenant:other/block": ["10.0.0.0/8"], "global/block": ["10.0.0.0/8"]},
+    ],
+)
+def test_a_tenant_s_scope_without_a_record_is_judged_as_one_of_defaults(lists: dict[str, list[str]]) -> None:
+    policy = snapshot(*(entry for name, cidrs in lists.items() for entry in listed(name, *cidrs)))
+    _, outcome = ask(policy, client="10.1.2.3", tenant="plain").scopes
+    assert outcome == judge(Scope("tenant:plain"), policy.tables, parse_address("10.1.2.3"), NOW)
 
 
 def test_every_scope_that_applies_is_told_and_one_of_them_decides() -> None:
