@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from urllib.parse import quote
 
+from authz_server.policy.access import Scope, ScopeOutcome, tenant_scope
 from authz_server.policy.addresses import Address
 from authz_server.policy.affinity import Tenant
 from authz_server.policy.attributes import RequestAttributes
@@ -32,6 +33,14 @@ class Explanation:
     def registered(self) -> Tenant | None:
         """The record of the tenant that the request names, if it has one."""
         return self.snapshot.tenants.get(self.decision.tenant or "")
+
+    @property
+    def scopes(self) -> tuple[ScopeOutcome, ...]:
+        """What every scope that applies says, also that of a tenant which has neither a record nor lists."""
+        tenant, told = self.decision.tenant, self.decision.scopes
+        if tenant is None or not told or tenant in self.snapshot.tenant_scopes:
+            return told
+        return told[0], Scope(tenant_scope(tenant)).unmatched, *told[1:]
 
 
 def describe_request(

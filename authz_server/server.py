@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ from authz_server.admin.app import build_admin_app
 from authz_server.admin.listening import AdminServer, CannotListenError, open_socket
 from authz_server.decision_log import DecisionLog, LogOptions
 from authz_server.ext_authz.check_response import ResponseOptions
-from authz_server.ext_authz.checker import Checked, Checker
+from authz_server.ext_authz.checker import Checker, Checks
 from authz_server.ext_authz.choice import choose_transport
 from authz_server.ext_authz.transport import TlsFiles, TransportError
 from authz_server.health import ComponentName, HealthState
@@ -299,9 +299,9 @@ class Observer:
         self._quiet_until = -math.inf
         self._not_logged = 0
 
-    def __call__(self, checks: Sequence[Checked]) -> None:
+    def __call__(self, checks: Checks) -> None:
         """Take note of what was answered together."""
-        self._metrics.observe([checked.decision for checked in checks], checks[0].seconds)
+        self._metrics.observe(checks.decided, checks.seconds)
         note, tracing = self._decisions.note, self._tracing
         for decision, attributes, revision, seconds, error in checks:
             note(decision, attributes, revision, seconds)

@@ -158,7 +158,7 @@ async def _serve(transport_name: str, answer: str) -> None:
         lambda: snapshot,
         ResponseOptions(),
         max_request_bytes=MAX_REQUEST_BYTES,
-        observe=lambda checks: metrics.observe([checked.decision for checked in checks], checks[0].seconds),
+        observe=lambda checks: metrics.observe(checks.decided, checks.seconds),
     )
     length = len(checker.check(requests[0]))
     serving: Any = Distinct(checker, requests) if answer == "real" else Constant(checker.check(requests[0]))

@@ -3,7 +3,7 @@
 import pytest
 
 from authz_server.explanation import CannotDescribeError, describe_request, explain
-from authz_server.policy.access import Entry, Resource
+from authz_server.policy.access import Entry, Mode, Resource, Scope
 from authz_server.policy.addresses import parse_network
 from authz_server.policy.attributes import RequestAttributes
 from authz_server.policy.decision import Allowed, decide
@@ -93,3 +93,21 @@ def test_the_explanation_is_the_servers_decision_and_says_what_is_uncertain() ->
     assert "global" in degraded
     assert "docs" in hosts
     assert explain(describe(host="docs.example.com"), snapshot, NOW).notes == (unreadable, degraded)
+
+
+def test_the_tenants_scope_is_told_also_where_it_has_neither_a_record_nor_lists() -> None:
+    settings = options("header:x-tenant-id")
+    resource = Resource("docs", (parse_path_pattern("/docs"),))
+    records: list[Scope | Resource] = [Scope("tenant:strict", Mode.RESTRICTED), resource]
+    snapshot = build_snapshot(
+        [(record_key(record), record) for record in records], epoch="e", revision=1, options=settings
+    )
+
+    def told(tenant: str | None, address: str = "203.0.113.7") -> list[tuple[str, str]]:
+        attributes = describe(address, tenant=tenant, path="/docs", options=settings)
+        return [(outcome.scope, outcome.reason) for outcome in explain(attributes, snapshot, NOW).scopes]
+
+    assert told("acme") == [("global", "allowed"), ("tenant:acme", "allowed"), ("resource:docs", "allowed")]
+    assert told("strict") == [("global", "allowed"), ("tenant:strict", "not_allowlisted"), ("resource:docs", "allowed")]
+    assert told(None) == [("global", "allowed"), ("resource:docs", "allowed")]
+    assert told("acme", address="nobody") == []

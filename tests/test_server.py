@@ -22,7 +22,7 @@ from support.waiting import eventually
 from authz_server.cli.acknowledgement import wait_for_servers
 from authz_server.decision_log import DecisionLog, LogOptions
 from authz_server.demo.valkey import Valkey
-from authz_server.ext_authz.checker import Checked
+from authz_server.ext_authz.checker import Checks
 from authz_server.health import ComponentName, HealthState
 from authz_server.metrics import Metrics
 from authz_server.policy.access import Entry, Side, own_list
@@ -109,19 +109,21 @@ class TestObserver:
     def test_internal_errors_are_logged_with_their_trace_at_a_bounded_rate(self) -> None:
         now = 100.0
         observer = Observer(Metrics(), DecisionLog(LogOptions(), None), clock=lambda: now)
-        fault = Checked(Denied(Reason.INTERNAL_ERROR), None, 0, 0.001, RuntimeError("boom"))
+        checks, fault = Checks(1), RuntimeError("boom")
+        checks.deny(0, fault)
         with capture_logs() as logs:
             for _ in range(5):
-                observer([fault])
+                observer(checks)
             now += FAULT_SECONDS
-            observer([fault])
-        assert [line["exc_info"] for line in logs] == [fault.error, fault.error]
+            observer(checks)
+        assert [line["exc_info"] for line in logs] == [fault, fault]
         assert [line["not_logged_before"] for line in logs] == [0, 4]
 
     def test_denials_are_counted_and_not_logged(self) -> None:
-        metrics = Metrics()
+        metrics, checks = Metrics(), Checks(1)
+        checks.decisions[0] = Denied(Reason.BLOCKED)
         with capture_logs() as logs:
-            Observer(metrics, DecisionLog(LogOptions(), None))([Checked(Denied(Reason.BLOCKED), None, 7, 0.001)])
+            Observer(metrics, DecisionLog(LogOptions(), None))(checks)
         assert logs == []
         labels = {"outcome": "denied", "reason": "blocked"}
         assert metrics.registry.get_sample_value("authz_checks_total", labels) == 1

@@ -368,8 +368,8 @@ def print_explanation(explanation: Explanation, output: OutputFormat) -> None:
     ):
         facts.add_row(name, plain(value))
     console.print(facts)
-    console.print(Text("scopes that apply" if decision.scopes else "no scope was asked", "dim"))
-    for outcome in decision.scopes:
+    console.print(Text("scopes that apply" if explanation.scopes else "no scope was asked", "dim"))
+    for outcome in explanation.scopes:
         for line in _scope_lines(outcome, explanation):
             console.print(line)
     for note in explanation.notes:
@@ -409,7 +409,7 @@ def explanation_json(explanation: Explanation) -> dict[str, Json]:
                 "list": outcome.match.list_name if outcome.match else None,
                 "entry": record_json(_entry(outcome.match, explanation)) if outcome.match else None,
             }
-            for outcome in decision.scopes
+            for outcome in explanation.scopes
         ],
         "epoch": explanation.snapshot.epoch,
         "revision": explanation.snapshot.revision,

@@ -37,10 +37,10 @@ def read_check_request(data: bytes, tenant_headers: AbstractSet[str], *, with_pe
     except DecodeError as error:
         raise BadCheckRequestError(f"not a CheckRequest: {error}") from None
     attributes = check_request.attributes
-    request = attributes.request
-    if not request.HasField("http"):
+    http = attributes.request.http
+    method = http.method
+    if not method and not attributes.request.HasField("http"):  # asked for only where it may be so
         raise BadCheckRequestError("the CheckRequest has no attributes.request.http")
-    http = request.http
     # The map form holds lower-case names and joined values already (Envoy's API says so, and Envoy does so).
     headers: Mapping[str, str] = http.headers or _listed_headers(
         http.header_map, tenant_headers | {EXTERNAL_ADDRESS_HEADER, REQUEST_ID_HEADER}
@@ -55,7 +55,7 @@ def read_check_request(data: bytes, tenant_headers: AbstractSet[str], *, with_pe
     return tuple.__new__(
         RequestAttributes,
         (
-            http.method,
+            method,
             http.host,
             http.path,
             # Unix sockets and Envoy's internal listeners are addresses of other kinds, whose socket_address is unset.

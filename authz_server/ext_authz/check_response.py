@@ -7,14 +7,15 @@ through. Never both: Envoy sets first and removes afterwards, so such a header w
 import json
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from http import HTTPStatus
 from itertools import product
 from types import MappingProxyType
-from typing import Self
+from typing import NamedTuple, Self
 
+from authz_server.policy.addresses import Address
 from authz_server.policy.affinity import Affinity
 from authz_server.policy.decision import Allowed, Decision, Denied
 from authz_server.policy.identifiers import MAX_IDENTIFIER_LENGTH
@@ -99,13 +100,11 @@ class ResponseWriter:
     """
 
     def __init__(self, options: ResponseOptions) -> None:
-        routing_name, tenant_name = _text(_KEY, options.routing_header), _text(_KEY, options.tenant_header)
         self._options = options
-        self._routing_header = _TextField(lambda instance: _overwrite(routing_name, instance), _OVERWRITE)
-        self._tenant_header = _TextField(lambda tenant: _overwrite(tenant_name, tenant), _OVERWRITE)
+        self._routing_name, self._tenant_name = _text(_KEY, options.routing_header), _text(_KEY, options.tenant_header)
         self._denied = {reason: _Denial.build(reason, options) for reason in Reason}
-        # Instances are few: no client can name one.
-        self._routing = lru_cache(maxsize=1024)(self._write_routing)
+        # Instances are few, since no client can name one, and so are the lengths of tenants' names.
+        self._form = lru_cache(maxsize=4096)(self._write_form)
         self._first_facts = lru_cache(maxsize=len(Reason))(_first_facts)
 
     def write(self, decision: Decision, *, request_id: str, revision: int) -> bytes:
@@ -119,34 +118,56 @@ class ResponseWriter:
         if not isinstance(decision, Allowed):
             return self._write_denial(decision, request_id, revision)
         reason, address, tenant, instance, affinity, _, shadow_denials = decision
+        name = b"" if tenant is None else tenant.encode()
+        before_name, after_name, routing_facts, routing_bytes = self._form(
+            instance, affinity, None if tenant is None else len(name)
+        )
+        first_facts, client_fact = self._first_facts(revision, reason, True), _client_fact(address)
+        last_facts = b"" if reason is _ALLOWED and not shadow_denials else _facts_of_scopes(decision)
+        about = _length(len(first_facts) + len(client_fact) + routing_bytes + len(last_facts))
         # Joined at once: each of these pieces put to the others by itself would copy them all again.
-        ok, routing_facts = self._routing(instance, affinity, tenant is not None)
-        facts = [self._first_facts(revision, reason, True), *_CLIENT_ADDRESS.around(str(address)), routing_facts]
-        if tenant is not None:
-            facts += _TENANT.around(tenant)
-            ok = b"".join((ok, *self._tenant_header.around(tenant)))
-        if reason is not _ALLOWED or shadow_denials:
-            facts.append(_facts_of_scopes(decision))
-        about = b"".join(facts)
-        return b"".join((_STATUS_OK, _OK_RESPONSE, _length(ok), ok, _DYNAMIC_METADATA, _length(about), about))
+        return b"".join(
+            (before_name, name, after_name, about, first_facts, client_fact, routing_facts, name, last_facts)
+        )
 
     def _write_denial(self, decision: Denied, request_id: str, revision: int) -> bytes:
-        facts = self._first_facts(revision, decision.reason, False)
-        if decision.tenant is not None:
-            facts += b"".join(_TENANT.around(decision.tenant))
+        facts = [self._first_facts(revision, decision.reason, False)]
         if decision.client_address is not None:
-            facts += b"".join(_CLIENT_ADDRESS.around(str(decision.client_address)))
-        facts += _facts_of_scopes(decision)
+            facts.append(_client_fact(decision.client_address))
+        if decision.tenant is not None:
+            facts.append(_fact("tenant", decision.tenant))
+        facts.append(_facts_of_scopes(decision))
         denied = self._denied[decision.reason].of(request_id)
-        return _STATUS_DENIED + _field(_DENIED_RESPONSE, denied) + _field(_DYNAMIC_METADATA, facts)
+        return _STATUS_DENIED + _field(_DENIED_RESPONSE, denied) + _field(_DYNAMIC_METADATA, b"".join(facts))
 
-    def _write_routing(self, instance: str | None, affinity: Affinity, named: bool) -> tuple[bytes, bytes]:
-        """Return our headers but for that which names the tenant, and what access logs get to know of them."""
-        removals = _removals(self._options, routed=instance is not None, named=named)
-        if instance is None:
-            return removals, b""
-        facts = _fact("instance", instance) + _fact("affinity", affinity)
-        return removals + b"".join(self._routing_header.around(instance)), facts
+    def _write_form(self, instance: str | None, affinity: Affinity, name_bytes: int | None) -> "_Form":
+        """Write an allowing answer for a tenant whose name has so many bytes; None: no tenant is named."""
+        headers = _removals(self._options, routed=instance is not None, named=name_bytes is not None)
+        facts = b""
+        if instance is not None:
+            headers += _overwrite(self._routing_name, instance)
+            facts = _fact("instance", instance) + _fact("affinity", affinity)
+        if name_bytes is None:
+            return _Form(_STATUS_OK + _field(_OK_RESPONSE, headers), _DYNAMIC_METADATA, facts, len(facts))
+        headers += _overwrite(self._tenant_name, "x" * name_bytes)
+        ok = _STATUS_OK + _field(_OK_RESPONSE, headers)
+        facts += _TENANT_HEADS[name_bytes]
+        return _Form(
+            ok[: -len(_OVERWRITE) - name_bytes], _OVERWRITE + _DYNAMIC_METADATA, facts, len(facts) + name_bytes
+        )
+
+
+class _Form(NamedTuple):
+    """An allowing answer, but for what differs between two requests to one instance."""
+
+    before_name: bytes
+    """Up to the tenant's name in its header."""
+    after_name: bytes
+    """From there to the length of the dynamic metadata."""
+    routing_facts: bytes
+    """Of the dynamic metadata, where the request goes, up to the tenant's name."""
+    routing_bytes: int
+    """How long that is, with the name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,16 +269,25 @@ def _fact_of(name: str, value: bytes) -> bytes:
     return _field(_MAP_ENTRY, _KEYS[name] + _field(_VALUE, value))
 
 
+def _heads(name: str, longest: int) -> tuple[bytes, ...]:
+    """Return what stands before a text in the fact of this name, by the text's length in bytes."""
+    return tuple(_fact(name, "x" * size)[: -size or None] for size in range(longest + 1))
+
+
+def _client_fact(address: Address) -> bytes:
+    text = str(address).encode()
+    return _CLIENT_ADDRESS_HEADS[len(text)] + text
+
+
 def _text(tag: bytes, value: str) -> bytes:
     return _field(tag, value.encode())
 
 
 def _field(tag: bytes, value: bytes) -> bytes:
-    return tag + _length(value) + value
+    return tag + _length(len(value)) + value
 
 
-def _length(value: bytes) -> bytes:
-    size = len(value)
+def _length(size: int) -> bytes:
     return _LENGTHS[size] if size < _USUAL_LENGTHS else _varint(size)
 
 
@@ -271,31 +301,6 @@ def _varint(number: int) -> bytes:
     return bytes(encoded)
 
 
-class _TextField:
-    """A field that holds a text, somewhere within: what surrounds texts of the usual lengths is encoded beforehand."""
-
-    __slots__ = ("_heads", "_tail", "_write")
-
-    def __init__(self, write: Callable[[str], bytes], tail: bytes = b"") -> None:
-        """Prepare for texts of up to MAX_IDENTIFIER_LENGTH bytes.
-
-        Args:
-            write: returns the whole field for a text.
-            tail: what it puts after the text.
-        """
-        self._write = write
-        self._tail = tail
-        self._heads = tuple(write("x" * size)[: -size - len(tail) or None] for size in range(MAX_IDENTIFIER_LENGTH + 1))
-
-    def around(self, text: str) -> tuple[bytes, ...]:
-        """Return the field for a text, in pieces."""
-        encoded = text.encode()
-        size = len(encoded)
-        if size > MAX_IDENTIFIER_LENGTH:
-            return (self._write(text),)
-        return self._heads[size], encoded, self._tail
-
-
 _USUAL_LENGTHS = 1024
 _LENGTHS = tuple(_varint(size) for size in range(_USUAL_LENGTHS))
 _KEYS = {
@@ -305,6 +310,7 @@ _KEYS = {
         *("scope", "list", "entry", "shadow"),
     )
 }
-_CLIENT_ADDRESS = _TextField(lambda address: _fact("client_address", address))
-_TENANT = _TextField(lambda tenant: _fact("tenant", tenant))
+_MAX_ADDRESS_LENGTH = 39  # eight groups of IPv6
+_CLIENT_ADDRESS_HEADS = _heads("client_address", _MAX_ADDRESS_LENGTH)
+_TENANT_HEADS = _heads("tenant", MAX_IDENTIFIER_LENGTH)
 _ALLOWED = Reason.ALLOWED

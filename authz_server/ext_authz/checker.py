@@ -7,8 +7,8 @@ raise would walk through every mesh that fails open.
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, cast
 
 from authz_server.ext_authz.check_request import BadCheckRequestError, read_check_request
 from authz_server.ext_authz.check_response import ResponseOptions, ResponseWriter
@@ -42,6 +42,53 @@ class Checked(NamedTuple):
     """What was raised, when the reason is INTERNAL_ERROR."""
 
 
+class Checks:
+    """Checks that came together. To iterate yields what was answered, each as a Checked; who needs less saves that."""
+
+    __slots__ = ("asked", "decisions", "errors", "revision", "seconds")
+
+    def __init__(self, size: int) -> None:
+        self.asked: list[RequestAttributes | None] = [None] * size
+        """None where the check request cannot be read, or led to a fault."""
+        self.decisions: list[Decision | None] = [None] * size
+        """None where there is none (yet)."""
+        self.errors: dict[int, Exception] = {}
+        """What was raised, by the number of the check."""
+        self.revision = 0
+        """Of the snapshot, if there is one."""
+        self.seconds = 0.0
+        """What each took, when all are answered."""
+
+    def __len__(self) -> int:
+        return len(self.decisions)
+
+    def __iter__(self) -> Iterator[Checked]:
+        for number, (decision, attributes) in enumerate(zip(self.decisions, self.asked, strict=True)):
+            if decision is not None:
+                revision = self.revision if attributes else 0
+                # Without the constructor, which takes twice the time.
+                checked = (decision, attributes, revision, self.seconds, self.errors.get(number))
+                yield tuple.__new__(Checked, checked)
+
+    @property
+    def decided(self) -> list[Decision]:
+        """The decisions, once there is one for each check."""
+        return cast(list[Decision], self.decisions)
+
+    def deny(self, number: int, error: Exception) -> None:
+        """Deny a check that led to a fault."""
+        self.asked[number], self.decisions[number], self.errors[number] = None, _INTERNAL_ERROR, error
+
+    def drop_undecided(self) -> int:
+        """Keep those with a decision, and return how many have none."""
+        answered = [number for number, decision in enumerate(self.decisions) if decision is not None]
+        undecided = len(self.decisions) - len(answered)
+        self.asked = [self.asked[number] for number in answered]
+        self.decisions = [self.decisions[number] for number in answered]
+        self.errors = {new: self.errors[old] for new, old in enumerate(answered) if old in self.errors}
+        return undecided
+
+
 class Checker:
     """Answers checks from whatever snapshot is current at that moment."""
 
@@ -52,7 +99,7 @@ class Checker:
         *,
         max_request_bytes: int,
         kept_headers: frozenset[str] = frozenset(),
-        observe: Callable[[Sequence[Checked]], None],
+        observe: Callable[[Checks], None],
         observe_unavailable: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -106,25 +153,19 @@ class Checker:
         snapshot = self._current()
         if snapshot is not None and snapshot.options is not self._options:
             self._take_options(snapshot.options)
-        checks = _Slice()
+        checks = Checks(len(messages))
         self._read(messages, checks)
         if snapshot is not None:
             self._decide(checks, snapshot)
-        revision = snapshot.revision if snapshot else 0
-        answers = self._write(checks, revision)
-        seconds = (time.perf_counter() - started) / max(1, len(messages))
-        answered: list[Checked] = []
-        errors = checks.errors
-        for number, (decision, attributes) in enumerate(zip(checks.decisions, checks.asked, strict=True)):
-            if decision is None:
+            checks.revision = snapshot.revision
+        answers = self._write(checks)
+        checks.seconds = (time.perf_counter() - started) / max(1, len(messages))
+        if snapshot is None:
+            for _ in range(checks.drop_undecided()):
                 self._observe_unavailable()
-                continue
-            decided_from = revision if attributes else 0
-            # Without the constructor, which takes twice the time.
-            answered.append(tuple.__new__(Checked, (decision, attributes, decided_from, seconds, errors.get(number))))
         try:
-            if answered:
-                self._observe(answered)
+            if checks.decisions:
+                self._observe(checks)
         except Exception:  # noqa: BLE001  (the answers stand: who counts checks has no say in them)
             if not self._observer_failed:  # said once: at thousands of checks a second the log is the next fault
                 self._observer_failed = True
@@ -138,13 +179,11 @@ class Checker:
             source.name for source in options.tenant_sources if source.kind is SourceKind.HEADER
         }
 
-    def _read(self, messages: Iterable[bytes], checks: "_Slice") -> None:
+    def _read(self, messages: Iterable[bytes], checks: Checks) -> None:
         """Read what is asked, and decide about what cannot be read."""
         headers, with_peer, longest = self._read_headers, self._reads_peer, self._max_request_bytes
         asked, decisions = checks.asked, checks.decisions
         for number, data in enumerate(messages):
-            asked.append(None)
-            decisions.append(None)
             try:
                 if len(data) > longest:
                     decisions[number] = Denied(Reason.REQUEST_TOO_LARGE)
@@ -155,7 +194,7 @@ class Checker:
             except Exception as error:  # noqa: BLE001  (a fault that a request can provoke must deny it)
                 checks.deny(number, error)
 
-    def _decide(self, checks: "_Slice", snapshot: Snapshot) -> None:
+    def _decide(self, checks: Checks, snapshot: Snapshot) -> None:
         """Decide about all that could be read."""
         clock, decisions = self._clock, checks.decisions
         for number, attributes in enumerate(checks.asked):
@@ -165,9 +204,9 @@ class Checker:
                 except Exception as error:  # noqa: BLE001  (as above)
                     checks.deny(number, error)
 
-    def _write(self, checks: "_Slice", revision: int) -> list[bytes | None]:
+    def _write(self, checks: Checks) -> list[bytes | None]:
         """Return the answers; None where there is no decision."""
-        write, asked = self._writer.write, checks.asked
+        write, asked, revision = self._writer.write, checks.asked, checks.revision
         answers: list[bytes | None] = []
         for number, decision in enumerate(checks.decisions):
             answer: bytes | None = None
@@ -182,20 +221,3 @@ class Checker:
                 checks.deny(number, error)
             answers.append(answer)
         return answers
-
-
-class _Slice:
-    """Checks that came together, by their number."""
-
-    __slots__ = ("asked", "decisions", "errors")
-
-    def __init__(self) -> None:
-        self.asked: list[RequestAttributes | None] = []
-        """None where the check request cannot be read, or led to a fault."""
-        self.decisions: list[Decision | None] = []
-        """None where there is none (yet)."""
-        self.errors: dict[int, Exception] = {}
-
-    def deny(self, number: int, error: Exception) -> None:
-        """Deny a check that led to a fault."""
-        self.asked[number], self.decisions[number], self.errors[number] = None, _INTERNAL_ERROR, error

@@ -12,7 +12,6 @@ from authz_server.policy.access import (
     ScopeOutcome,
     judge,
     normalize_host,
-    tenant_scope,
 )
 from authz_server.policy.addresses import Address, InvalidAddressError, any_contains, parse_address
 from authz_server.policy.affinity import Affinity, rendezvous
@@ -36,7 +35,10 @@ class Allowed(NamedTuple):
     instance: str | None = None
     affinity: Affinity = Affinity.NONE
     scopes: tuple[ScopeOutcome, ...] = ()
-    """What every scope that applies says, shadow ones included: global, tenant, resources by name."""
+    """What every scope that applies says, shadow ones included: global, tenant, resources by name.
+
+    A tenant's scope that has neither a record nor lists has nothing to say, and is not in here.
+    """
     shadow_denials: tuple[ScopeOutcome, ...] = ()
     """What scopes in shadow say that would have denied, had they been enforced; beforehand, for every check asks."""
 
@@ -89,8 +91,9 @@ def decide(attributes: RequestAttributes, snapshot: Snapshot, now: float) -> Dec
 
     tables = snapshot.tables
     scopes: tuple[ScopeOutcome, ...] = (judge(snapshot.global_scope, tables, address, now),)
-    if tenant_id is not None:
-        scopes += (_judge_tenant(tenant_id, snapshot, address, now),)
+    tenant_scope = None if tenant_id is None else snapshot.tenant_scopes.get(tenant_id)
+    if tenant_scope is not None:
+        scopes += (judge(tenant_scope, tables, address, now),)
     if snapshot.guarded_resources:
         for scope in _guarding(attributes.host, path, snapshot):
             scopes += (judge(scope, tables, address, now),)
@@ -129,14 +132,6 @@ def client_address(attributes: RequestAttributes, snapshot: Snapshot) -> Address
         return parse_address(external)
     except InvalidAddressError:
         return Reason.INVALID_CLIENT_ADDRESS
-
-
-def _judge_tenant(tenant_id: str, snapshot: Snapshot, address: Address, now: float) -> ScopeOutcome:
-    # Each scope applies without a record too, open and enforced: else its own lists would be ignored unseen.
-    scope = snapshot.tenant_scopes.get(tenant_id)
-    if scope is None:  # so it is with most tenants
-        return tuple.__new__(ScopeOutcome, (tenant_scope(tenant_id), _ENFORCE, _ALLOWED, None))
-    return judge(scope, snapshot.tables, address, now)
 
 
 def _guarding(host: str, path: RequestPath, snapshot: Snapshot) -> list[Scope]:

@@ -23,7 +23,7 @@ from support.policies import network_key
 from authz_server.cli import administration, session
 from authz_server.demo.processes import free_port
 from authz_server.demo.valkey import Valkey
-from authz_server.explanation import describe_request
+from authz_server.explanation import Explanation, describe_request
 from authz_server.policy.access import Entry
 from authz_server.policy.addresses import parse_network
 from authz_server.policy.decision import Allowed, decide
@@ -380,7 +380,8 @@ def test_explain_says_what_the_server_decides(valkey: Valkey, furnished: str, re
     assert found["tenant"] == decision.tenant
     assert found["instance"] == (decision.instance if isinstance(decision, Allowed) else None)
     assert [(one["scope"], one["reason"], one["list"]) for one in found["scopes"]] == [
-        (one.scope, one.reason, one.match.list_name if one.match else None) for one in decision.scopes
+        (one.scope, one.reason, one.match.list_name if one.match else None)
+        for one in Explanation(attributes, 0, decision, snapshot).scopes
     ]
     assert (found["epoch"], found["revision"]) == (snapshot.epoch, snapshot.revision)
     assert decision.reason in run("explain", *words).out

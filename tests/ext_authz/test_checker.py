@@ -1,7 +1,7 @@
 """What a request causes is a denial; only our own state is an error."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from authz_server.ext_authz._generated import ext_authz_pb2
 from authz_server.ext_authz.check_response import ResponseOptions, ResponseWriter
-from authz_server.ext_authz.checker import CannotDecideError, Checked, Checker
+from authz_server.ext_authz.checker import CannotDecideError, Checked, Checker, Checks
 from authz_server.policy.access import Entry, Mode, Scope
 from authz_server.policy.addresses import parse_network
 from authz_server.policy.affinity import Instance, Tenant
@@ -61,7 +61,7 @@ class Bench:
     snapshot: Snapshot | None = SNAPSHOT
     clock: Callable[[], float] = lambda: 1000.0
     seen: list[Checked] = field(default_factory=list)
-    observe: Callable[[Sequence[Checked]], None] | None = None
+    observe: Callable[[Checks], None] | None = None
     unavailable: int = 0
 
     def checker(self) -> Checker:
@@ -243,7 +243,7 @@ def test_without_a_snapshot_some_that_came_together_are_denied_and_the_others_ar
 def test_an_observer_that_fails_changes_no_answer_and_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
     calls = count()
 
-    def observe(_checks: Sequence[Checked]) -> None:
+    def observe(_checks: Checks) -> None:
         next(calls)
         raise RuntimeError("no disk")
 

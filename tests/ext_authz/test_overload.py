@@ -3,7 +3,6 @@
 import asyncio
 import socket
 import time
-from collections.abc import Sequence
 
 import pytest
 from support.waiting import eventually
@@ -11,7 +10,7 @@ from support.waiting import eventually
 from authz_server.ext_authz import asyncio_transport
 from authz_server.ext_authz.asyncio_transport import AsyncioTransport
 from authz_server.ext_authz.check_response import ResponseOptions
-from authz_server.ext_authz.checker import Checked, Checker
+from authz_server.ext_authz.checker import Checker, Checks
 from authz_server.ext_authz.http2 import (
     ACK,
     CHECK_PATH,
@@ -64,7 +63,7 @@ def told(received: bytes) -> tuple[list[int], list[int]]:
 async def test_the_newest_of_what_a_socket_holds_are_decided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asyncio_transport, "READ_BYTES", 16384)
 
-    def be_slow(checks: Sequence[Checked]) -> None:
+    def be_slow(checks: Checks) -> None:
         time.sleep(len(checks) * SECONDS_EACH)
 
     checker = Checker(lambda: SNAPSHOT, ResponseOptions(), max_request_bytes=1024, observe=be_slow)

@@ -22,7 +22,7 @@ from support.waiting import eventually
 from authz_server.ext_authz._generated import ext_authz_pb2
 from authz_server.ext_authz.asyncio_transport import AsyncioTransport
 from authz_server.ext_authz.check_response import ResponseOptions
-from authz_server.ext_authz.checker import Checked, Checker
+from authz_server.ext_authz.checker import Checked, Checker, Checks
 from authz_server.ext_authz.choice import Transport
 from authz_server.ext_authz.grpcio_transport import GrpcioTransport
 from authz_server.ext_authz.transport import ObserveWait, TlsFiles, TransportError, ignore_wait
@@ -86,7 +86,7 @@ class Served:
         )
         self.port = await self.transport.start()
 
-    def observe(self, checks: Sequence[Checked]) -> None:
+    def observe(self, checks: Checks) -> None:
         assert self.transport is not None
         self.seen += checks
         self.in_flight = max(self.in_flight, self.transport.in_flight)

@@ -80,8 +80,8 @@ FAULTS = {
     "expires-a-moment-late": ("access", "if now < expiry or", "if now <= expiry or"),
     "expired-entry-ends-the-chain": (
         "access",
-        "                best = (prefix_length, expiry, list_name)\n                break",
-        "                best = (prefix_length, expiry, list_name)\n            break",
+        "            return prefix_length, expiry, list_name\n    return best",
+        "            return prefix_length, expiry, list_name\n        break\n    return best",
     ),
     "named-lists-ignored": ("access", "*self.allow_lists)", ")"),
     "only-the-first-list-searched": ("access", "if best and prefix_length <= best[0]", "if best"),
@@ -152,7 +152,7 @@ FAULTS = {
         "if instance in ():",
     ),
     "unknown-tenants-routed-nowhere": ("decision", "if options.unknown_tenant is UnknownTenant.NONE:", "if True:"),
-    "tenant-scope-ignored": ("decision", "if tenant_id is not None:", "if tenant_id == '':"),
+    "tenant-scope-ignored": ("decision", "if tenant_scope is not None:", "if tenant_scope == '':"),
     "tenant-scope-without-a-record-ignored": (
         "snapshot",
         "if scope is None and any(",

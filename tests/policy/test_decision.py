@@ -128,18 +128,22 @@ def test_access(question: dict[str, str], reason: str) -> None:
 @pytest.mark.parametrize(
     "lists",
     [
-        {},
         {"tenant:plain/allow": ["10.0.0.0/8"]},
         {"tenant:plain/block": ["10.0.0.0/8"]},
         {"tenant:plain/allow": ["10.1.2.0/24"], "tenant:plain/block": ["10.0.0.0/8"]},
         {"tenant:plain/block": ["11.0.0.0/8"]},
-        {"tenant:other/block": ["10.0.0.0/8"], "global/block": ["10.0.0.0/8"]},
     ],
 )
 def test_a_tenant_s_scope_without_a_record_is_judged_as_one_of_defaults(lists: dict[str, list[str]]) -> None:
     policy = snapshot(*(entry for name, cidrs in lists.items() for entry in listed(name, *cidrs)))
     _, outcome = ask(policy, client="10.1.2.3", tenant="plain").scopes
     assert outcome == judge(Scope("tenant:plain"), policy.tables, parse_address("10.1.2.3"), NOW)
+
+
+@pytest.mark.parametrize("lists", [{}, {"tenant:other/block": ["10.0.0.0/8"], "global/block": ["10.0.0.0/8"]}])
+def test_a_tenant_s_scope_without_a_record_and_lists_has_nothing_to_say(lists: dict[str, list[str]]) -> None:
+    policy = snapshot(*(entry for name, cidrs in lists.items() for entry in listed(name, *cidrs)))
+    assert [outcome.scope for outcome in ask(policy, client="10.1.2.3", tenant="plain").scopes] == ["global"]
 
 
 def test_every_scope_that_applies_is_told_and_one_of_them_decides() -> None:

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from authz_server.demo.envoy_config import Address
 from authz_server.ext_authz.check_response import ResponseOptions
-from authz_server.ext_authz.checker import Checked, Checker
+from authz_server.ext_authz.checker import Checked, Checker, Checks
 from authz_server.ext_authz.choice import choose_transport
 from authz_server.ext_authz.transport import TlsFiles, TransportName, ignore_wait
 from authz_server.health import HealthState
@@ -176,7 +176,7 @@ class AuthzServer:
             raise TimeoutError(f"the server did not stop within {_STOP_SECONDS:g} s")
         self._thread = None
 
-    def _observe_each(self, checks: Sequence[Checked]) -> None:
+    def _observe_each(self, checks: Checks) -> None:
         for checked in checks:
             self._observe(checked)
 

@@ -223,8 +223,9 @@ class Oracle:
 
     def applying(self, request: PlainRequest, path: str, tenant: str | None) -> Iterator[PlainScope]:
         yield self.scopes.get("global", PlainScope("global"))
-        if tenant is not None:
-            yield self.scopes.get(f"tenant:{tenant}", PlainScope(f"tenant:{tenant}"))
+        name = f"tenant:{tenant}"
+        if name in self.scopes or f"{name}/allow" in self.lists or f"{name}/block" in self.lists:
+            yield self.scopes.get(name, PlainScope(name))  # any other has nothing to say
         host = plain_host(request.host)
         for name in sorted(self.resources):
             resource = self.resources[name]
