@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from loadtest.served import build_requests
+from loadtest.served import COMMON
 
 CHECK = "/envoy.service.auth.v3.Authorization/Check"
 IN_FLIGHT = 64
@@ -98,10 +98,9 @@ class Server:
 
 
 def run_h2load(server: Server, *options: str) -> str:
-    """Call Check with one message, as the options say, and return h2load's report."""
-    message = build_requests(1)[0]
+    """Call Check with the common message, as the options say, and return h2load's report."""
     with tempfile.NamedTemporaryFile() as body:
-        body.write(b"\0" + len(message).to_bytes(4, "big") + message)
+        body.write(b"\0" + len(COMMON).to_bytes(4, "big") + COMMON)
         body.flush()
         call = ("-d", body.name, "-H", "content-type: application/grpc", "-H", "te: trailers")
         url = f"http://127.0.0.1:{server.port}{CHECK}"

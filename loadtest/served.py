@@ -10,7 +10,7 @@ import importlib
 import ipaddress
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import Any, Protocol
 
@@ -29,7 +29,8 @@ from authz_server.policy.tenant import parse_tenant_source
 NETWORKS = 10_000
 TENANTS = 1_000
 REQUESTS = 20_000
-REQUEST_BYTES = 1024
+COMMON_BYTES = 880
+"""Of a check request, what is the same in all of them."""
 MAX_REQUEST_BYTES = 1 << 20
 
 TRANSPORTS = {
@@ -39,44 +40,66 @@ TRANSPORTS = {
 }
 
 
-def build_request(address: str, tenant: str, path: str) -> bytes:
-    """A check request of about REQUEST_BYTES, such as a browser's request through a gateway makes."""
+def _request(path: str, headers: Mapping[str, str]) -> Any:
     message = ext_authz_pb2.CheckRequest()
-    message.attributes.source.address.socket_address.address = "10.1.2.3"
     http = message.attributes.request.http
-    http.method, http.host, http.path = "GET", "www.example.com", path
+    http.path = path
+    for name, value in headers.items():
+        http.headers[name] = value
+    return message
+
+
+def _common() -> bytes:
+    """What all the check requests say: all but who asks for what."""
     headers = {
-        "x-envoy-external-address": address,
         "x-request-id": "6f1c1f0e-9d6e-4c6d-9b8b-2f6f2a1f0c11",
-        "x-tenant-id": tenant,
         "user-agent": "Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0",
         "accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8",
         "accept-encoding": "gzip, deflate, br",
         "accept-language": "en-GB,en;q=0.9",
-        "x-forwarded-for": address,
         "x-forwarded-proto": "https",
+        "cookie": "c" * (COMMON_BYTES - 512),
     }
-    for name, value in headers.items():
-        http.headers[name] = value
-    http.headers["cookie"] = "c" * 128
-    http.headers["cookie"] += "c" * (REQUEST_BYTES - message.ByteSize() - 2)  # the lengths around it grow by two bytes
+    message = _request("", headers)
+    message.attributes.source.address.socket_address.address = "10.1.2.3"
+    message.attributes.request.http.method = "GET"
+    message.attributes.request.http.host = "www.example.com"
+    message.attributes.request.http.headers["cookie"] += "c" * (COMMON_BYTES - message.ByteSize())
     data: bytes = message.SerializeToString()
+    assert len(data) == COMMON_BYTES
     return data
+
+
+COMMON = _common()
+
+
+def who_asks(address: str, tenant: str, path: str) -> bytes:
+    """What one check request says beside the common: a message too, and two in a row are read as one.
+
+    See https://protobuf.dev/programming-guides/encoding/#last-one-wins.
+    """
+    headers = {"x-envoy-external-address": address, "x-forwarded-for": address, "x-tenant-id": tenant}
+    data: bytes = _request(path, headers).SerializeToString()
+    return data
+
+
+def build_request(address: str, tenant: str, path: str) -> bytes:
+    """A check request of about 1 KiB, such as a browser's request through a gateway makes."""
+    return COMMON + who_asks(address, tenant, path)
+
+
+def _clients(count: int) -> Iterator[bytes]:
+    """Distinct requests, of each what it says beside the common: one in ten from a blocked network."""
+    rng = random.Random(1)
+    for number in range(count):
+        network = (100 << 24 if rng.random() < 0.1 else 180 << 24) + rng.randrange(NETWORKS) * 256
+        path = f"/app/items/{rng.randrange(10**6):06}?page={number % 9}"
+        yield who_asks(str(ipaddress.IPv4Address(network)), f"tenant-{rng.randrange(TENANTS)}", path)
 
 
 def build_requests(count: int = REQUESTS) -> list[bytes]:
     """Distinct check requests: one in ten from a blocked network, tenants and paths mixed."""
-    rng = random.Random(1)
-    return [
-        build_request(
-            str(
-                ipaddress.IPv4Address((100 << 24 if rng.random() < 0.1 else 180 << 24) + rng.randrange(NETWORKS) * 256)
-            ),
-            f"tenant-{rng.randrange(TENANTS)}",
-            f"/app/items/{rng.randrange(10**6):06}?page={number % 9}",
-        )
-        for number in range(count)
-    ]
+    return [COMMON + client for client in _clients(count)]
 
 
 def build_policy() -> Snapshot:
@@ -128,30 +151,30 @@ class Constant:
 
 
 class Distinct:
-    """Has the checker decide about one of many requests in turn: load generators send the same one for ever.
+    """Has the checker decide about one of many requests in turn: h2load sends the same message, COMMON, for ever.
 
-    A request of another length than theirs is passed on as it came.
+    What each of them says beside that is put to what came, which costs less than to fetch whole messages from memory
+    (20 MiB of them) that the processor does not hold any more, as it holds what has just been received. Messages that
+    are not COMMON are passed on as they came.
     """
 
-    def __init__(self, checker: Checker, requests: list[bytes]) -> None:
-        turns = cycle(requests)
-        length_of_request = len(requests[0])
+    def __init__(self, checker: Checker) -> None:
+        clients = cycle(list(_clients(REQUESTS)))
 
         self.answers = 0
 
         def check(data: bytes) -> bytes:
             self.answers += 1
-            return checker.check(next(turns) if len(data) == length_of_request else data)
+            return checker.check(data + next(clients) if len(data) == COMMON_BYTES else data)
 
         def check_all(messages: Sequence[bytes]) -> Sequence[bytes | None]:
             self.answers += len(messages)
-            return checker.check_all([next(turns) if len(data) == length_of_request else data for data in messages])
+            return checker.check_all([data + next(clients) if len(data) == COMMON_BYTES else data for data in messages])
 
         self.check, self.check_all = check, check_all
 
 
 async def _serve(transport_name: str, answer: str) -> None:
-    requests = build_requests()
     snapshot = build_policy()
     metrics = Metrics()
     checker = Checker(
@@ -160,15 +183,15 @@ async def _serve(transport_name: str, answer: str) -> None:
         max_request_bytes=MAX_REQUEST_BYTES,
         observe=lambda checks: metrics.observe(checks.decided, checks.seconds),
     )
-    length = len(checker.check(requests[0]))
-    serving: Any = Distinct(checker, requests) if answer == "real" else Constant(checker.check(requests[0]))
+    constant = checker.check(build_requests(1)[0])
+    serving: Any = Distinct(checker) if answer == "real" else Constant(constant)
     module, _, name = TRANSPORTS.get(transport_name, transport_name).partition(":")
     health = HealthState()
     transport = getattr(importlib.import_module(module), name)(serving, listen="127.0.0.1:0", tls=None, health=health)
     port = await transport.start()
     for component in ComponentName:
         health.set(component, ready=True, detail="measured")
-    print(port, length, flush=True)
+    print(port, len(constant), flush=True)
     while await asyncio.to_thread(sys.stdin.readline):
         print(serving.answers, flush=True)
     await transport.drain(2)
