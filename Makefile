@@ -31,7 +31,7 @@ demo: $(READY) ## Run the main job on this machine: Valkey, Envoy, three instanc
 	@$(BIN)/python -m authz_server.demo
 
 test: $(READY) ## Run all tests (real Envoy and Valkey on the loopback)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-unit: $(READY) ## Run the tests that open no socket
 	$(BIN)/python -m pytest -m "not integration"

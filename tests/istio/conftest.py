@@ -1,6 +1,5 @@
 """What the practices' tests share: Envoys of three versions, pods, the authorization server; and the report."""
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -69,36 +68,14 @@ def launcher(version: str, no_child_left: None, tmp_path_factory: pytest.TempPat
         yield Launcher(version, lambda: tmp_path_factory.mktemp("endpoints"), stack)
 
 
-_OUTCOMES = pytest.StashKey[dict[str, dict[str, Counter[str]]]]()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_OUTCOMES] = {}
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Count the outcomes of each practice, which is a module here, by Envoy's version."""
+    """Say in the report which practice was tried, which is a module here, on which version of Envoy."""
     report = yield
     if report.when == "call" or not report.passed:
         assert isinstance(item, pytest.Function)
         callspec = getattr(item, "callspec", None)
         version = "" if callspec is None else callspec.params.get("version", "")
         title = (item.module.__doc__ or item.module.__name__).strip().splitlines()[0]
-        item.config.stash[_OUTCOMES].setdefault(title, {}).setdefault(version, Counter())[report.outcome] += 1
+        report.practice = [title, version]
     return report
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """One line for each practice: how many tests passed on which Envoy."""
-    outcomes = config.stash[_OUTCOMES]
-    if not outcomes:
-        return
-    terminalreporter.section("istio/, by practice")
-    for title, versions in outcomes.items():
-        parts = []
-        for version, counts in versions.items():
-            said = ", ".join(f"{number} {outcome}" for outcome, number in counts.items())
-            parts.append(f"{version}: {said}" if version else said)
-        failed = any(counts["failed"] for counts in versions.values())
-        terminalreporter.line(f"{'FAILED' if failed else 'ok':<7}{title} [{'; '.join(parts)}]", red=failed)
