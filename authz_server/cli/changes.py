@@ -996,4 +996,4 @@ def _first(network: Network) -> Address:
 
 
 def _within(inner: Network, outer: Network) -> bool:
-    return inner.prefix_length > outer.prefix_length and _first(inner) in outer
+    return inner.prefix_length > outer.prefix_length and outer.holds(_first(inner))

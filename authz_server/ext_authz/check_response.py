@@ -15,6 +15,7 @@ from itertools import product
 from types import MappingProxyType
 from typing import NamedTuple, Self
 
+from authz_server.policy.access import ListMatch
 from authz_server.policy.addresses import Address
 from authz_server.policy.affinity import Affinity
 from authz_server.policy.decision import Allowed, Decision, Denied
@@ -135,7 +136,8 @@ class ResponseWriter:
         if decision.client_address is not None:
             facts.append(_client_fact(decision.client_address))
         if decision.tenant is not None:
-            facts.append(_fact("tenant", decision.tenant))
+            name = decision.tenant.encode()
+            facts += (_TENANT_HEADS[len(name)], name)
         facts.append(_facts_of_scopes(decision))
         denied = self._denied[decision.reason].of(request_id)
         return _STATUS_DENIED + _field(_DENIED_RESPONSE, denied) + _field(_DYNAMIC_METADATA, b"".join(facts))
@@ -248,15 +250,20 @@ def _first_facts(revision: int, reason: Reason, allowed: bool) -> bytes:
 
 def _facts_of_scopes(decision: Decision) -> bytes:
     """Return which scope and entry decided, and what scopes in shadow would have decided."""
-    facts = b""
     deciding = None if decision.reason is _ALLOWED else decision.deciding
-    if deciding:
-        facts += _fact("scope", deciding.scope)
-        if deciding.match:
-            facts += _fact("list", deciding.match.list_name) + _fact("entry", str(deciding.match.network))
+    facts = _facts_of_scope(deciding.scope, deciding.match) if deciding else b""
     if shadow := decision.shadow_denials:
         said = (_text(_STRING_VALUE, f"{outcome.scope}:{outcome.reason}") for outcome in shadow)
         facts += _fact_of("shadow", _field(_LIST_VALUE, b"".join(_field(_LIST_ITEM, value) for value in said)))
+    return facts
+
+
+@lru_cache(maxsize=1024)
+def _facts_of_scope(scope: str, match: ListMatch | None) -> bytes:
+    """Return which scope and entry decided; an attack comes from the same networks again and again."""
+    facts = _fact("scope", scope)
+    if match:
+        facts += _fact("list", match.list_name) + _fact("entry", str(match.network))
     return facts
 
 

@@ -5,7 +5,6 @@ same client. Nothing is ever repaired: text that is not exactly one address is r
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
 from typing import Literal, NamedTuple
 
@@ -28,14 +27,10 @@ class Address(NamedTuple):
     """The address as an unsigned integer of 32 or 128 bits."""
 
     def __str__(self) -> str:
-        version, value = self
-        if version == 4:
-            return inet_ntop(AF_INET, value.to_bytes(4, "big"))
-        return inet_ntop(AF_INET6, value.to_bytes(16, "big"))
+        return _text(*self)
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Network:
+class Network(NamedTuple):
     """All addresses that share the first `prefix_length` bits of `first`; no bit after them is set."""
 
     version: Literal[4, 6]
@@ -44,12 +39,13 @@ class Network:
     prefix_length: int
     """0 to 32 for IPv4, 0 to 128 for IPv6."""
 
-    def __contains__(self, address: Address) -> bool:
+    def holds(self, address: Address) -> bool:
+        """Tell whether the address is one of this network."""
         shift = MAX_PREFIX_LENGTH[self.version] - self.prefix_length
         return address.version == self.version and (address.value ^ self.first) >> shift == 0
 
     def __str__(self) -> str:
-        return f"{Address(self.version, self.first)}/{self.prefix_length}"
+        return f"{_text(self.version, self.first)}/{self.prefix_length}"
 
 
 def parse_address(text: str) -> Address:
@@ -114,6 +110,12 @@ def parse_network(text: str) -> Network:
     return Network(address.version, first, length)
 
 
+def _text(version: int, value: int) -> str:
+    if version == 4:
+        return inet_ntop(AF_INET, value.to_bytes(4, "big"))
+    return inet_ntop(AF_INET6, value.to_bytes(16, "big"))
+
+
 def any_contains(networks: Iterable[Network], address: Address) -> bool:
     """Tell whether one of a few networks holds the address (for many, build a NetworkTable)."""
-    return any(address in network for network in networks)
+    return any(network.holds(address) for network in networks)

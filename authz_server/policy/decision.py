@@ -67,9 +67,10 @@ class Denied(NamedTuple):
 
 Decision = Allowed | Denied
 
-_ALLOWED, _ENFORCE, _SHADOW, _PINNED = Reason.ALLOWED, Enforcement.ENFORCE, Enforcement.SHADOW, Affinity.PINNED
+_ALLOWED, _SHADOW, _PINNED = Reason.ALLOWED, Enforcement.SHADOW, Affinity.PINNED
 _DENYING = (Reason.BLOCKED, Reason.NOT_ALLOWLISTED)
-"""What a scope says to deny, the weightier first."""
+_WEIGHTS = {reason: weight for weight, reason in enumerate((_ALLOWED, Reason.ALLOWLISTED, *reversed(_DENYING)))}
+"""Of all that enforced scopes say, the weightiest is what they say together."""
 
 
 def decide(attributes: RequestAttributes, snapshot: Snapshot, now: float) -> Decision:
@@ -149,18 +150,18 @@ def _guarding(host: str, path: RequestPath, snapshot: Snapshot) -> list[Scope]:
 
 def _over_all(scopes: tuple[ScopeOutcome, ...]) -> tuple[Reason, tuple[ScopeOutcome, ...]]:
     """Return what all scopes together say: each enforced one must agree; and the denials of those in shadow."""
+    over_all = _ALLOWED
+    shadow_denials: tuple[ScopeOutcome, ...] = ()
     for outcome in scopes:
-        if outcome.reason is not _ALLOWED:
-            break
-    else:
-        return _ALLOWED, ()  # so it is with most requests
-    said = [outcome for outcome in scopes if outcome.reason is not _ALLOWED]
-    enforced = [outcome.reason for outcome in said if outcome.enforcement is Enforcement.ENFORCE]
-    shadow_denials = tuple(outcome for outcome in said if outcome.enforcement is _SHADOW and outcome.denies)
-    for reason in _DENYING:
-        if reason in enforced:
-            return reason, shadow_denials
-    return Reason.ALLOWLISTED if enforced else _ALLOWED, shadow_denials
+        _, enforcement, reason, _ = outcome
+        if reason is _ALLOWED:
+            continue  # so it is with most requests
+        if enforcement is _SHADOW:
+            if outcome.denies:
+                shadow_denials += (outcome,)
+        elif _WEIGHTS[reason] > _WEIGHTS[over_all]:
+            over_all = reason
+    return over_all, shadow_denials
 
 
 def _find_instance(tenant_id: str | None, snapshot: Snapshot) -> tuple[str | None, Affinity, Reason | None]:

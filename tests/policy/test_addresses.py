@@ -156,9 +156,9 @@ def test_containment_is_that_of_ipaddress(network: Network, v4: int, v6: int) ->
     kind = type(theirs.network_address)
     for value in (first - 1, first, last, last + 1):
         if 0 <= value < 1 << theirs.max_prefixlen:
-            assert (Address(network.version, value) in network) == (kind(value) in theirs)
-    assert (Address(4, v4) in network) == (ipaddress.IPv4Address(v4) in theirs)
-    assert (Address(6, v6) in network) == (ipaddress.IPv6Address(v6) in theirs)
+            assert network.holds(Address(network.version, value)) == (kind(value) in theirs)
+    assert network.holds(Address(4, v4)) == (ipaddress.IPv4Address(v4) in theirs)
+    assert network.holds(Address(6, v6)) == (ipaddress.IPv6Address(v6) in theirs)
 
 
 def _plain(network: Network) -> str:

@@ -99,15 +99,15 @@ FAULTS = {
     "trusted-network-one-bit-too-wide": ("addresses", ">> shift == 0", ">> shift <= 1"),
     "shadow-denies": (
         "decision",
-        "for outcome in said if outcome.enforcement is Enforcement.ENFORCE]",
-        "for outcome in said]",
+        "            if outcome.denies:\n                shadow_denials += (outcome,)\n        elif ",
+        "            shadow_denials += (outcome,) * outcome.denies\n        if ",
     ),
     "shadow-denials-of-enforced-scopes": (
         "decision",
-        "if outcome.enforcement is _SHADOW and outcome.denies",
-        "if outcome.denies",
+        "        if enforcement is _SHADOW:\n            if outcome.denies:",
+        "        shadow_denials += (outcome,) * outcome.denies\n        if enforcement is _SHADOW:\n            if ():",
     ),
-    "shadow-denials-that-are-none": ("decision", "is _SHADOW and outcome.denies", "is _SHADOW"),
+    "shadow-denials-that-are-none": ("decision", "            if outcome.denies:", "            if outcome:"),
     "shadow-named-as-deciding": (
         "decision",
         "if outcome.reason is reason and outcome.enforcement is Enforcement.ENFORCE:",
@@ -120,13 +120,13 @@ FAULTS = {
     ),
     "global-allow-opens-restricted-resource": (
         "decision",
-        "        if reason in enforced:\n",
-        "        if reason in enforced and (reason, scopes[0].reason) != ('not_allowlisted', 'allowlisted'):\n",
+        "> _WEIGHTS[over_all]:",
+        "> _WEIGHTS[over_all] and (reason, scopes[0].reason) != ('not_allowlisted', 'allowlisted'):",
     ),
     "blocked-in-the-first-scope-only": (
         "decision",
-        "        if reason in enforced:\n",
-        "        if reason in (enforced if reason is Reason.NOT_ALLOWLISTED else [scopes[0].reason]):\n",
+        "> _WEIGHTS[over_all]:",
+        "> _WEIGHTS[over_all] and (reason is not Reason.BLOCKED or outcome is scopes[0]):",
     ),
     "not-allowlisted-before-blocked": (
         "decision",
@@ -159,7 +159,7 @@ FAULTS = {
         "if scope is None and not any(",
     ),
     "block-list-of-tenants-without-a-record-ignored": ("snapshot", "for side in Side):", "for side in (Side.ALLOW,)):"),
-    "allowed-by-a-scope": ("decision", "if reason is _ALLOWED:", "if reason is None:"),
+    "allowed-by-a-scope": ("decision", "if reason is _ALLOWED:\n        return", "if reason is None:\n        return"),
     "letter-case-never-folded": ("decision", "path.readings(fold_case=fold_case)", "path.readings(fold_case=False)"),
     "letter-case-always-folded": ("decision", "path.readings(fold_case=fold_case)", "path.readings(fold_case=True)"),
     "first-names-never-folded": ("decision", "names, fold_case=fold_case", "names, fold_case=False"),

@@ -48,7 +48,7 @@ def test_matching_is_a_linear_scan_longest_first(items: list[tuple[Network, int]
     for network in [*scanned, *more]:
         assert table.get(network) == scanned.get(network)
         for address in boundaries(network):
-            found = [(other.prefix_length, value) for other, value in scanned.items() if address in other]
+            found = [(other.prefix_length, value) for other, value in scanned.items() if other.holds(address)]
             assert list(table.match(address)) == sorted(found, reverse=True)
 
 
