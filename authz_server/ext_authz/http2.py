@@ -467,14 +467,18 @@ class Connection:
             stop = at + HEAD_BYTES + length
             if stop > size:
                 break
+            if kind == DATA and stream not in self._open and self._collecting is None:  # answered already, or shed
+                self._credit += length
+                if not length:
+                    self._idle()
+                at = stop
+                continue
             payload = buffer[at + HEAD_BYTES : stop]
             if kind == HEADERS and self._collecting is None:
-                head = self._known.get(payload)
-                if head is not None and head.path is None:
-                    after = self._whole_checks(buffer, at, payload, head.timeout, arrived)
-                    if after > at:
-                        at = after
-                        continue
+                after = self._run(buffer, at, payload, arrived)
+                if after > at:
+                    at = after
+                    continue
             if self._collecting is not None and (kind != CONTINUATION or stream != self._collecting[0]):
                 raise ClientError(PROTOCOL_ERROR, "a header block was interrupted")
             call = self._frame(kind, flags, stream, payload)
@@ -487,6 +491,16 @@ class Connection:
                     arrived.append((self, stream, *call))
             at = stop
         return at
+
+    def _run(self, buffer: bytes, at: int, fields: bytes, arrived: list[Call]) -> int:
+        """Take what comes in one shape again and again. Returns where the next frame begins; `at`: it does not."""
+        head = self._known.get(fields)
+        if head is None or head.path is not None:
+            return at
+        after = self._whole_checks(buffer, at, fields, head.timeout, arrived)
+        if after == at and (not self._backlog.room or self._is_full()):
+            return self._shed_heads(buffer, at, fields)
+        return after
 
     def _whole_checks(self, buffer: bytes, at: int, fields: bytes, timeout: float | None, arrived: list[Call]) -> int:
         """Take checks as long as each is this head and a whole message that ends the stream, as nearly all are.
@@ -530,6 +544,37 @@ class Connection:
         if shed:
             self._backlog.shed += len(shed)
             self.out += (_SHED_HEAD, (_SHED_BLOCK + _SHED_HEAD).join(shed), _SHED_BLOCK)
+        return at
+
+    def _is_full(self) -> bool:
+        """Tell whether this connection has all the calls that it may have."""
+        return len(self.waiting) >= MAX_UNANSWERED or len(self._open) >= MAX_UNFINISHED
+
+    def _shed_heads(self, buffer: bytes, at: int, fields: bytes) -> int:
+        """Shed checks as long as one begins after the other, with this head; clients in need write heads in a row.
+
+        Returns where the next frame begins that is to be looked at more closely: `at` if that is the first.
+        """
+        size, head_bytes, head_word = len(buffer), HEAD_BYTES + len(fields), len(fields) << 8 | HEADERS
+        last = self.last_stream
+        shed: list[bytes] = []
+        while size - at >= head_bytes:
+            word, flags, stream = _frame_head(buffer, at)
+            if (
+                word != head_word
+                or flags != END_HEADERS
+                or not last < stream <= MAX_STREAM
+                or not stream & 1
+                or not buffer.startswith(fields, at + HEAD_BYTES)
+            ):
+                break
+            last = stream
+            shed.append(stream.to_bytes(4, "big"))
+            at += head_bytes
+        self.last_stream = last
+        self._backlog.shed += len(shed)
+        for number in shed:
+            self.out += (_SHED_HEAD, number, _SHED_BLOCK, _RESET_HEAD, number, _RESET)
         return at
 
     def send_settings(self) -> None:
@@ -655,7 +700,7 @@ class Connection:
         ended = bool(flags & END_STREAM)
         is_check = head.path is None
         busy = not self._backlog.room if is_check else len(self._others) >= MAX_OTHER_CALLS
-        if busy or len(self.waiting) >= MAX_UNANSWERED or len(self._open) >= MAX_UNFINISHED:
+        if busy or self._is_full():
             self._shed(stream, ended=ended)
             return None
         self._open[stream] = _Open(self._clock(), head)
@@ -678,9 +723,7 @@ class Connection:
         self._credit += len(payload)
         if not payload:
             self._idle()
-        opened = self._open.get(stream)
-        if opened is None:  # answered already, or never taken on
-            return None
+        opened = self._open[stream]
         payload = _without_padding(flags, payload)
         if opened.head.path is not None:
             opened.left -= len(payload)

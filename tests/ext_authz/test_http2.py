@@ -438,6 +438,32 @@ class TestHostile:
         assert line.others.calls[health][2] == "ended"
         assert line.backlog.shed == 2
 
+    @pytest.mark.parametrize("crowded", [False, True], ids=["no-room", "too-many-on-this-connection"])
+    def test_heads_in_a_row_are_shed_and_the_messages_after_them_are_dropped(self, crowded: bool) -> None:
+        line = Line()
+        known = line.call()
+        line.carry()
+        line.requests()
+        if crowded:
+            line.connection.waiting.update(range(1, 2 * MAX_UNANSWERED, 2))
+        else:
+            line.backlog.room = 0
+        credit = line.connection._credit
+        shed = [line.call(None) for _ in range(5)]
+        shed += [line.call(None, fields=(*CHECK, ("grpc-timeout", "1S"))), line.call(None)]
+        after = [frame(DATA, END_STREAM, stream, message(b"request")) for stream in shed]
+        line.connection.receive(line.client.data_to_send() + b"".join(after))
+        assert line.connection._credit == credit + len(after) * len(message(b"request"))
+        line.carry()
+        assert line.answers() == dict.fromkeys(shed, (b"14", b""))
+        assert line.told_to_stop() == shed
+        assert (line.backlog.shed, line.connection.last_stream) == (len(shed), shed[-1])
+        line.connection.waiting.intersection_update({known})
+        line.backlog.open()
+        later = line.call()
+        line.carry()
+        assert line.requests() == {later: WHOLE}
+
     def test_a_message_that_is_cut_off_when_there_is_no_room_is_shed_and_forgotten(self) -> None:
         line = Line()
         stream = line.call(None)
