@@ -29,9 +29,11 @@ C = TypeVar("C")
 class Backlog(Generic[C]):
     """Checks that wait for their decision.
 
-    Oldest first, as long as the oldest of them has waited for less than half of `max_wait_seconds`. Then newest first:
-    under a load that does not end, those are the ones that can still be answered in time. What has waited for
-    `max_wait_seconds` is shed.
+    As many as can be decided in half of `max_wait_seconds`, and when that was too little a short while ago, half as
+    many: a burst is worth a long queue, but in one that stays full a call is nearly late when it is decided, after all
+    that was done to receive it. Oldest first, as long as the oldest of them has waited for less than half of
+    `max_wait_seconds`. Then newest first: under a load that does not end, those are the ones that can still be answered
+    in time. What has waited for `max_wait_seconds` is shed.
     """
 
     def __init__(self, max_wait_seconds: float) -> None:
@@ -41,9 +43,12 @@ class Backlog(Generic[C]):
         self._limit = MAX_WAITING
         self.waiting = 0
         self.room = MAX_WAITING
-        """So many more can be decided in half of `max_wait_seconds`; the others are to be shed before they wait."""
+        """So many more can be decided in half of `max_wait_seconds`, in need in a quarter; the others are to be shed
+        before they wait."""
         self._full_at = -math.inf
         """When there was no room last."""
+        self._in_need = False
+        """Whether that is not longer ago than a check may wait."""
         self._shut_times = 0
         """How often it was shut since calls were let in last."""
         self.shed = 0
@@ -59,7 +64,7 @@ class Backlog(Generic[C]):
         self._batches.append((now, calls))
         self.waiting += len(calls)
         self._shut_times = 0
-        self.open()
+        self._look(now)
         if not self.room:
             self._full_at = now
 
@@ -69,8 +74,8 @@ class Backlog(Generic[C]):
         For calls of which it is known that newer ones were sent already. Not for ever: if nothing else ever came, no
         call would be answered any more.
         """
-        in_need = now - self._full_at <= self._max_wait_seconds
-        if not in_need or self._shut_times >= _MAX_SHUT_TIMES:
+        self._look(now)
+        if not self._in_need or self._shut_times >= _MAX_SHUT_TIMES:
             return False
         self._shut_times += 1
         self._full_at = now
@@ -79,7 +84,12 @@ class Backlog(Generic[C]):
 
     def open(self) -> None:
         """Have room again, if there is any."""
-        self.room = max(0, self._limit - self.waiting)
+        limit = max(MIN_WAITING, self._limit // 2) if self._in_need else self._limit
+        self.room = max(0, limit - self.waiting)
+
+    def _look(self, now: float) -> None:
+        self._in_need = now - self._full_at <= self._max_wait_seconds
+        self.open()
 
     def take(self, now: float, at_most: int) -> tuple[list[tuple[float, list[C]]], list[C]]:
         """Take calls to decide, each group with the time at which it came, and those that have waited for too long."""
@@ -99,7 +109,7 @@ class Backlog(Generic[C]):
             left -= len(calls)
         self.waiting -= at_most - left + len(late)
         self.shed += len(late)
-        self.open()
+        self._look(now)
         return groups, late
 
     def note_pace(self, calls: int, seconds: float) -> None:

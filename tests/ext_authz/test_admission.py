@@ -42,8 +42,25 @@ class TestBacklog:
         assert backlog.room in (1, 2)
         backlog.add(1.0, [98, 99, 100])
         assert backlog.room == 0
-        backlog.take(1.0, 50)
-        assert backlog.room > 40
+
+    def test_in_need_there_is_half_as_much_room_and_a_while_later_all_of_it(self) -> None:
+        backlog: Backlog[int] = Backlog(0.1)
+        for _ in range(200):
+            backlog.note_pace(10, 10 * 0.0005)  # 100 checks
+        backlog.add(1.0, list(range(101)))
+        backlog.take(1.0, 40)
+        assert backlog.room == 0
+        backlog.take(1.01, 41)
+        assert backlog.room in (29, 30)
+        backlog.take(1.12, 1)
+        assert backlog.room > 78
+
+    def test_in_need_as_many_may_wait_as_always_may(self) -> None:
+        backlog: Backlog[int] = Backlog(0.1)
+        backlog.note_pace(10_000, 10_000.0)
+        backlog.add(1.0, list(range(MIN_WAITING)))
+        backlog.take(1.0, 1)
+        assert backlog.room == 1
 
     def test_a_process_that_is_stopped_now_and_then_knows_its_pace(self) -> None:
         backlog: Backlog[int] = Backlog(0.1)
@@ -66,14 +83,14 @@ class TestBacklog:
         backlog: Backlog[int] = Backlog(0.1)
         assert not backlog.shut(1.0)
         backlog.add(1.0, list(range(MAX_WAITING)))
-        backlog.take(1.01, 100)
-        assert backlog.room == 100
+        backlog.take(1.01, 600)
+        assert backlog.room == MAX_WAITING // 2 - (MAX_WAITING - 600)
         assert backlog.shut(1.02)
         assert backlog.room == 0
         backlog.open()
-        assert backlog.room == 100
+        assert backlog.room == MAX_WAITING // 2 - (MAX_WAITING - 600)
         assert not backlog.shut(1.13)
-        assert backlog.room == 100
+        assert backlog.room == 600
 
     def test_it_is_not_shut_for_ever(self) -> None:
         backlog: Backlog[int] = Backlog(0.1)
