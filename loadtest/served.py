@@ -62,9 +62,9 @@ def _common() -> bytes:
     }
     message = _request("", headers)
     message.attributes.source.address.socket_address.address = "10.1.2.3"
-    message.attributes.request.http.method = "GET"
-    message.attributes.request.http.host = "www.example.com"
-    message.attributes.request.http.headers["cookie"] += "c" * (COMMON_BYTES - message.ByteSize())
+    http = message.attributes.request.http
+    http.method, http.host = "GET", "www.example.com"
+    http.headers["cookie"] += "c" * (COMMON_BYTES - message.ByteSize())
     data: bytes = message.SerializeToString()
     assert len(data) == COMMON_BYTES
     return data
@@ -73,7 +73,7 @@ def _common() -> bytes:
 COMMON = _common()
 
 
-def who_asks(address: str, tenant: str, path: str) -> bytes:
+def _who_asks(address: str, tenant: str, path: str) -> bytes:
     """What one check request says beside the common: a message too, and two in a row are read as one.
 
     See https://protobuf.dev/programming-guides/encoding/#last-one-wins.
@@ -85,7 +85,7 @@ def who_asks(address: str, tenant: str, path: str) -> bytes:
 
 def build_request(address: str, tenant: str, path: str) -> bytes:
     """A check request of about 1 KiB, such as a browser's request through a gateway makes."""
-    return COMMON + who_asks(address, tenant, path)
+    return COMMON + _who_asks(address, tenant, path)
 
 
 def _clients(count: int) -> Iterator[bytes]:
@@ -94,7 +94,7 @@ def _clients(count: int) -> Iterator[bytes]:
     for number in range(count):
         network = (100 << 24 if rng.random() < 0.1 else 180 << 24) + rng.randrange(NETWORKS) * 256
         path = f"/app/items/{rng.randrange(10**6):06}?page={number % 9}"
-        yield who_asks(str(ipaddress.IPv4Address(network)), f"tenant-{rng.randrange(TENANTS)}", path)
+        yield _who_asks(str(ipaddress.IPv4Address(network)), f"tenant-{rng.randrange(TENANTS)}", path)
 
 
 def build_requests(count: int = REQUESTS) -> list[bytes]:

@@ -47,8 +47,6 @@ class Backlog(Generic[C]):
         before they wait."""
         self._full_at = -math.inf
         """When there was no room last."""
-        self._in_need = False
-        """Whether that is not longer ago than a check may wait."""
         self._shut_times = 0
         """How often it was shut since calls were let in last."""
         self.shed = 0
@@ -64,7 +62,7 @@ class Backlog(Generic[C]):
         self._batches.append((now, calls))
         self.waiting += len(calls)
         self._shut_times = 0
-        self._look(now)
+        self.open(now)
         if not self.room:
             self._full_at = now
 
@@ -74,22 +72,22 @@ class Backlog(Generic[C]):
         For calls of which it is known that newer ones were sent already. Not for ever: if nothing else ever came, no
         call would be answered any more.
         """
-        self._look(now)
-        if not self._in_need or self._shut_times >= _MAX_SHUT_TIMES:
+        self.open(now)
+        if not self._is_in_need(now) or self._shut_times >= _MAX_SHUT_TIMES:
             return False
         self._shut_times += 1
         self._full_at = now
         self.room = 0
         return True
 
-    def open(self) -> None:
-        """Have room again, if there is any."""
-        limit = max(MIN_WAITING, self._limit // 2) if self._in_need else self._limit
+    def open(self, now: float) -> None:
+        """Have room again, if there is any `now`."""
+        limit = max(MIN_WAITING, self._limit // 2) if self._is_in_need(now) else self._limit
         self.room = max(0, limit - self.waiting)
 
-    def _look(self, now: float) -> None:
-        self._in_need = now - self._full_at <= self._max_wait_seconds
-        self.open()
+    def _is_in_need(self, now: float) -> bool:
+        """Tell whether there was no room a short while ago: not longer than a check may wait."""
+        return now - self._full_at <= self._max_wait_seconds
 
     def take(self, now: float, at_most: int) -> tuple[list[tuple[float, list[C]]], list[C]]:
         """Take calls to decide, each group with the time at which it came, and those that have waited for too long."""
@@ -109,7 +107,7 @@ class Backlog(Generic[C]):
             left -= len(calls)
         self.waiting -= at_most - left + len(late)
         self.shed += len(late)
-        self._look(now)
+        self.open(now)
         return groups, late
 
     def note_pace(self, calls: int, seconds: float) -> None:

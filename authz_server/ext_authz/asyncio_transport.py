@@ -234,7 +234,7 @@ class AsyncioTransport:
         finally:
             self._hearing = None
             if shut:
-                self._backlog.open()
+                self._backlog.open(time.monotonic())
             if self._backlog.waiting and not self._working:
                 self._working = True
                 self._loop.call_soon(self._work)

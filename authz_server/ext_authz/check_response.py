@@ -16,7 +16,6 @@ from types import MappingProxyType
 from typing import NamedTuple, Self
 
 from authz_server.policy.access import ListMatch
-from authz_server.policy.addresses import Address
 from authz_server.policy.affinity import Affinity
 from authz_server.policy.decision import Allowed, Decision, Denied
 from authz_server.policy.identifiers import MAX_IDENTIFIER_LENGTH
@@ -123,7 +122,8 @@ class ResponseWriter:
         before_name, after_name, routing_facts, routing_bytes = self._form(
             instance, affinity, None if tenant is None else len(name)
         )
-        first_facts, client_fact = self._first_facts(revision, reason, True), _client_fact(address)
+        first_facts = self._first_facts(revision, reason, True)
+        client_fact = _after_head(_CLIENT_ADDRESS_HEADS, str(address))
         last_facts = b"" if reason is _ALLOWED and not shadow_denials else _facts_of_scopes(decision)
         about = _length(len(first_facts) + len(client_fact) + routing_bytes + len(last_facts))
         # Joined at once: each of these pieces put to the others by itself would copy them all again.
@@ -134,10 +134,9 @@ class ResponseWriter:
     def _write_denial(self, decision: Denied, request_id: str, revision: int) -> bytes:
         facts = [self._first_facts(revision, decision.reason, False)]
         if decision.client_address is not None:
-            facts.append(_client_fact(decision.client_address))
+            facts.append(_after_head(_CLIENT_ADDRESS_HEADS, str(decision.client_address)))
         if decision.tenant is not None:
-            name = decision.tenant.encode()
-            facts += (_TENANT_HEADS[len(name)], name)
+            facts.append(_after_head(_TENANT_HEADS, decision.tenant))
         facts.append(_facts_of_scopes(decision))
         denied = self._denied[decision.reason].of(request_id)
         return _STATUS_DENIED + _field(_DENIED_RESPONSE, denied) + _field(_DYNAMIC_METADATA, b"".join(facts))
@@ -281,9 +280,10 @@ def _heads(name: str, longest: int) -> tuple[bytes, ...]:
     return tuple(_fact(name, "x" * size)[: -size or None] for size in range(longest + 1))
 
 
-def _client_fact(address: Address) -> bytes:
-    text = str(address).encode()
-    return _CLIENT_ADDRESS_HEADS[len(text)] + text
+def _after_head(heads: tuple[bytes, ...], text: str) -> bytes:
+    """Return a fact, given what `_heads` returned for its name."""
+    value = text.encode()
+    return heads[len(value)] + value
 
 
 def _text(tag: bytes, value: str) -> bytes:

@@ -467,12 +467,13 @@ class Connection:
             stop = at + HEAD_BYTES + length
             if stop > size:
                 break
-            if kind == DATA and stream not in self._open and self._collecting is None:  # answered already, or shed
+            if kind == DATA and self._collecting is None:
                 self._credit += length
                 if not length:
                     self._idle()
-                at = stop
-                continue
+                if stream not in self._open:  # answered already, or shed
+                    at = stop
+                    continue
             payload = buffer[at + HEAD_BYTES : stop]
             if kind == HEADERS and self._collecting is None:
                 after = self._run(buffer, at, payload, arrived)
@@ -556,25 +557,19 @@ class Connection:
         Returns where the next frame begins that is to be looked at more closely: `at` if that is the first.
         """
         size, head_bytes, head_word = len(buffer), HEAD_BYTES + len(fields), len(fields) << 8 | HEADERS
-        last = self.last_stream
-        shed: list[bytes] = []
         while size - at >= head_bytes:
             word, flags, stream = _frame_head(buffer, at)
             if (
                 word != head_word
                 or flags != END_HEADERS
-                or not last < stream <= MAX_STREAM
+                or not self.last_stream < stream <= MAX_STREAM
                 or not stream & 1
                 or not buffer.startswith(fields, at + HEAD_BYTES)
             ):
                 break
-            last = stream
-            shed.append(stream.to_bytes(4, "big"))
+            self.last_stream = stream
+            self._shed(stream, ended=False)
             at += head_bytes
-        self.last_stream = last
-        self._backlog.shed += len(shed)
-        for number in shed:
-            self.out += (_SHED_HEAD, number, _SHED_BLOCK, _RESET_HEAD, number, _RESET)
         return at
 
     def send_settings(self) -> None:
@@ -720,9 +715,6 @@ class Connection:
         return self._early.read(fields)
 
     def _data(self, flags: int, stream: int, payload: bytes) -> _Whole | None:
-        self._credit += len(payload)
-        if not payload:
-            self._idle()
         opened = self._open[stream]
         payload = _without_padding(flags, payload)
         if opened.head.path is not None:

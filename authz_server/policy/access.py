@@ -193,17 +193,9 @@ def judge(scope: Scope, tables: Mapping[str, NetworkTable], address: Address, no
 
     A network whose entry cannot be read blocks, and allows nothing.
     """
-    allow: _Match | None = None
-    block: _Match | None = None
     lists = scope.lists
-    for list_name in lists[_ALLOW]:
-        table = tables.get(list_name)
-        if table is not None and (found := table.match(address)):
-            allow = _longest(found, list_name, now, allow)
-    for list_name in lists[_BLOCK]:
-        table = tables.get(list_name)
-        if table is not None and (found := table.match(address)):
-            block = _longest(found, list_name, now, block, unreadable_too=True)
+    allow = _longest_match(lists[_ALLOW], tables, address, now)
+    block = _longest_match(lists[_BLOCK], tables, address, now, unreadable_too=True)
     if block and (allow is None or block[0] >= allow[0]):
         return _outcome(scope, _BLOCKED, address, block)
     if allow:
@@ -215,15 +207,25 @@ _Match = tuple[int, int, str]
 """(prefix length, expiry, list name)"""
 
 
-def _longest(
-    found: Iterable[tuple[int, int]], list_name: str, now: float, best: _Match | None, unreadable_too: bool = False
+def _longest_match(
+    list_names: tuple[str, ...],
+    tables: Mapping[str, NetworkTable],
+    address: Address,
+    now: float,
+    unreadable_too: bool = False,
 ) -> _Match | None:
-    """Return the longest match that still counts, of those in one list and the best of the lists named before it."""
-    for prefix_length, expiry in found:
-        if best and prefix_length <= best[0]:
-            break
-        if now < expiry or (unreadable_too and expiry == UNREADABLE):
-            return prefix_length, expiry, list_name
+    """Return the longest match that still counts; of equal ones, that of the list named first."""
+    best: _Match | None = None
+    for list_name in list_names:
+        table = tables.get(list_name)
+        if table is None:
+            continue
+        for prefix_length, expiry in table.match(address):
+            if best and prefix_length <= best[0]:
+                break
+            if now < expiry or (unreadable_too and expiry == UNREADABLE):
+                best = (prefix_length, expiry, list_name)
+                break
     return best
 
 

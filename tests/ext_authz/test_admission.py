@@ -87,7 +87,7 @@ class TestBacklog:
         assert backlog.room == MAX_WAITING // 2 - (MAX_WAITING - 600)
         assert backlog.shut(1.02)
         assert backlog.room == 0
-        backlog.open()
+        backlog.open(1.02)
         assert backlog.room == MAX_WAITING // 2 - (MAX_WAITING - 600)
         assert not backlog.shut(1.13)
         assert backlog.room == 600
@@ -98,7 +98,7 @@ class TestBacklog:
         backlog.take(0.0, 100)
         tries = [backlog.shut(number * 0.05) for number in range(100)]
         assert tries.count(True) == tries.index(False) == 32
-        backlog.open()
+        backlog.open(5.0)
         backlog.add(5.0, list(range(100)))
         assert backlog.shut(5.0)
 

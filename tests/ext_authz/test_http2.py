@@ -459,7 +459,7 @@ class TestHostile:
         assert line.told_to_stop() == shed
         assert (line.backlog.shed, line.connection.last_stream) == (len(shed), shed[-1])
         line.connection.waiting.intersection_update({known})
-        line.backlog.open()
+        line.backlog.open(1.0)
         later = line.call()
         line.carry()
         assert line.requests() == {later: WHOLE}

@@ -80,8 +80,8 @@ FAULTS = {
     "expires-a-moment-late": ("access", "if now < expiry or", "if now <= expiry or"),
     "expired-entry-ends-the-chain": (
         "access",
-        "            return prefix_length, expiry, list_name\n    return best",
-        "            return prefix_length, expiry, list_name\n        break\n    return best",
+        "                best = (prefix_length, expiry, list_name)\n                break",
+        "                best = (prefix_length, expiry, list_name)\n            break",
     ),
     "named-lists-ignored": ("access", "*self.allow_lists)", ")"),
     "only-the-first-list-searched": ("access", "if best and prefix_length <= best[0]", "if best"),

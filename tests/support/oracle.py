@@ -224,7 +224,8 @@ class Oracle:
     def applying(self, request: PlainRequest, path: str, tenant: str | None) -> Iterator[PlainScope]:
         yield self.scopes.get("global", PlainScope("global"))
         name = f"tenant:{tenant}"
-        if name in self.scopes or f"{name}/allow" in self.lists or f"{name}/block" in self.lists:
+        listed = f"{name}/allow" in self.lists or f"{name}/block" in self.lists
+        if tenant is not None and (name in self.scopes or listed):
             yield self.scopes.get(name, PlainScope(name))  # any other has nothing to say
         host = plain_host(request.host)
         for name in sorted(self.resources):
