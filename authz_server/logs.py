@@ -4,18 +4,21 @@ Our own lines do not go through standard logging, which would take three times a
 logged between checks.
 """
 
+import json
 import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 
 import structlog
 
 _MOST_CHARACTERS = 16 << 20
 """Of lines that wait for whoever reads standard error."""
+_GATHER_SECONDS = 0.005
+"""So long may a line wait for others that are written with it."""
 _CLOSE_SECONDS = 2.0
 """How long the last lines may take."""
 
@@ -39,7 +42,7 @@ def set_up_logging(level: str, log_format: Literal["auto", "json", "console"]) -
     rendering: list[structlog.typing.Processor] = (
         [structlog.dev.ConsoleRenderer(colors=terminal)]
         if for_people
-        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(ensure_ascii=False)]
+        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(_to_json)]
     )
     file = StandardError(sys.stderr)
     handler = logging.StreamHandler(file)
@@ -94,9 +97,10 @@ class StandardError:
                 if self._characters + len(text) > _MOST_CHARACTERS:
                     self._dropped += 1
                     return
+                if not self._lines:
+                    self._changed.notify()
                 self._lines.append(text)
                 self._characters += len(text)
-                self._changed.notify()
                 return
         with suppress(OSError, ValueError):
             self._stream.write(text)
@@ -131,6 +135,8 @@ class StandardError:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._lines or self._ending)
+                # To wake for each line takes more time, of the thread that tells it too, than to write it.
+                self._changed.wait_for(lambda: self._ending, _GATHER_SECONDS)
                 if not self._lines:
                     return
                 lines, self._lines = self._lines, []
@@ -143,6 +149,14 @@ class StandardError:
                 self._characters -= sum(map(len, lines))
             if dropped:
                 _log.warning("log lines dropped", lines=dropped, problem="nobody reads standard error fast enough")
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, default=repr).encode
+"""`json.dumps` with arguments makes an encoder for each text."""
+
+
+def _to_json(line: Mapping[str, Any], **_: Any) -> str:
+    return _encode(line)
 
 
 def _is_not_about_metadata(record: logging.LogRecord) -> bool:

@@ -88,10 +88,6 @@ async def _serve(settings: Settings, stopping: asyncio.Event, stack: AsyncExitSt
     file_watch = FileWatch(settings.snapshot_file, health)
     store, loader = _store_and_loader(settings, file_watch)
 
-    def on_event(event: Event) -> None:
-        metrics.observe_change(event.at, time.time())
-        log_event(event)
-
     reporter = _reporter(store, settings)
     watch = StatusWatch(health, lambda: refresher.current)
 
@@ -109,7 +105,7 @@ async def _serve(settings: Settings, stopping: asyncio.Event, stack: AsyncExitSt
         store,
         settings.decision_options(),
         loader=loader,
-        on_event=on_event,
+        on_event=_event_watch(metrics),
         on_status=on_status,
         on_lost=log_lost,
         max_age_seconds=settings.max_snapshot_age_seconds,
@@ -320,7 +316,18 @@ class Observer:
         self._not_logged = 0
 
 
-def log_event(event: Event) -> None:
+def _event_watch(metrics: Metrics) -> Callable[[Event], None]:
+    """Return what is to be called with each event that was applied."""
+    log = _log.bind()  # else structlog would put a logger together for each line
+
+    def watch(event: Event) -> None:
+        metrics.observe_change(event.at, time.time())
+        log_event(event, log)
+
+    return watch
+
+
+def log_event(event: Event, log: structlog.typing.FilteringBoundLogger = _log) -> None:
     """Log an applied change in full: the second copy of the audit, should the store lose the first.
 
     A change of many records is several lines. What a replacement changed is not repeated: it is read from the store,
@@ -329,7 +336,7 @@ def log_event(event: Event) -> None:
     changed = [{"record": str(record.key), "previous": record.previous, "new": record.new} for record in event.records]
     lines = [changed[start : start + _RECORDS_LOGGED] for start in range(0, len(changed), _RECORDS_LOGGED)] or [[]]
     for number, records in enumerate(lines, 1):
-        _log.info(
+        log.info(
             "change applied",
             epoch=event.position.epoch,
             revision=event.position.revision,

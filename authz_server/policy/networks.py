@@ -119,12 +119,18 @@ class NetworkTable:
 
     __slots__ = ("_changes", "_columns", "_ranges", "_size")
 
-    def __init__(self, columns: Columns | None = None, ranges: Ranges = (0,) * 6, size: int = 0) -> None:
+    def __init__(
+        self,
+        columns: Columns | None = None,
+        ranges: Ranges = (0,) * 6,
+        size: int = 0,
+        changes: "_Changes | None" = None,
+    ) -> None:
         """Make a table of networks that are in columns, by default of none; `ColumnsDraft` knows its arguments."""
         self._columns = columns or _NO_COLUMNS
         self._ranges = ranges
         self._size = size
-        self._changes: _Changes | None = None
+        self._changes = changes if changes and changes.count else None
 
     @classmethod
     def build(cls, items: Iterable[tuple[Network, int]]) -> Self:
@@ -227,23 +233,50 @@ class NetworkTable:
             for row in range(self._columns.group_starts[number], self._columns.group_starts[number + 1]):
                 yield Network(6, high | long.keys[row], long.lengths[row] + _KEY_BITS), long.expiries[row]
 
-    def with_changes(self, changes: Iterable[tuple[Network, int | None]]) -> Self:
+    def draft(self) -> "NetworkTableDraft":
+        """Return a copy to be changed; this table stays as it is."""
+        return NetworkTableDraft(
+            NetworkTable(self._columns, self._ranges), self._size, _ChangesDraft(self._changes or _Changes())
+        )
+
+    def with_changes(self, changes: Iterable[tuple[Network, int | None]]) -> "NetworkTable":
         """Return a table with these networks set, or removed where the expiry is None; this one stays as it is."""
-        table = type(self)(self._columns, self._ranges, self._size)
-        draft = _ChangesDraft(self._changes or _Changes())
-        without_changes = type(self)(self._columns, self._ranges, self._size)
+        draft = self.draft()
         for network, expiry in changes:
-            before = draft.get(network)
-            below = without_changes.get(network)
-            there = below is not None if before is None else before != _REMOVED
-            table._size += (expiry is not None) - there
-            if expiry is None:
-                draft.put(network, None if below is None else _REMOVED)
-            else:
-                draft.put(network, None if below == expiry else expiry)
-        changed = draft.done()
-        table._changes = changed if changed.count else None
-        return table
+            draft.put(network, expiry)
+        return draft.done()
+
+
+class NetworkTableDraft:
+    """A table in the making."""
+
+    def __init__(self, unchanged: NetworkTable, size: int, changes: "_ChangesDraft") -> None:
+        """Begin with so many networks, which `changes` make of those in the columns (`unchanged`)."""
+        self._unchanged = unchanged
+        self._size = size
+        self._changes = changes
+
+    def get(self, network: Network) -> int | None:
+        """Return the expiry of exactly this network as it is now, or None when it is not there."""
+        changed = self._changes.get(network)
+        if changed is None:
+            return self._unchanged.get(network)
+        return None if changed == _REMOVED else changed
+
+    def put(self, network: Network, expiry: int | None) -> None:
+        """Set the expiry of a network, or remove it where that is None."""
+        before = self._changes.get(network)
+        below = self._unchanged.get(network)
+        there = below is not None if before is None else before != _REMOVED
+        self._size += (expiry is not None) - there
+        if expiry is None:
+            self._changes.put(network, None if below is None else _REMOVED)
+        else:
+            self._changes.put(network, None if below == expiry else expiry)
+
+    def done(self) -> NetworkTable:
+        """Return the table as it is now; the draft must not be used any more."""
+        return NetworkTable(*self._unchanged.placed, self._size, self._changes.done())
 
 
 _Layer = tuple[int, int, Sharded[int, int]]

@@ -29,7 +29,7 @@ from authz_server.policy.access import (
 )
 from authz_server.policy.addresses import InvalidNetworkError, Network, parse_network
 from authz_server.policy.affinity import Instance, InstanceState, Tenant
-from authz_server.policy.networks import UNREADABLE, ColumnsDraft, NetworkTable
+from authz_server.policy.networks import UNREADABLE, ColumnsDraft, NetworkTable, NetworkTableDraft
 from authz_server.policy.paths import PathPattern, first_name, fold_case, parse_path_pattern
 from authz_server.policy.records import Record, RecordKey, RecordKind, Unreadable
 from authz_server.policy.sharded import Sharded, ShardedDraft
@@ -49,6 +49,7 @@ Kept = NamedList | Scope | Resource | Tenant | Instance
 """A record that a snapshot keeps whole."""
 
 _OPEN_EVERYWHERE = Scope(GLOBAL_SCOPE)
+_NO_NETWORKS = NetworkTable()
 
 
 class MissingClientAddress(StrEnum):
@@ -209,8 +210,11 @@ class SnapshotDraft:
         self._problems = before.problems.draft()
         self._unreadable = Counter(before.unreadable)
         self._missing = Counter(before.missing)
-        self._entries: dict[str, dict[Network, int | None]] = {}
         self._tables = before.tables.draft()
+        self._table_drafts: dict[str, NetworkTableDraft] = {}
+        """By list name; of a snapshot that has tables."""
+        self._entries: dict[str, dict[Network, int | None]] = {}
+        """List name -> expiries, or None for removed entries; of a snapshot that has none."""
         self._networks = before.networks
         self._changed_scopes: set[str] = set()
         self._changed_tables: list[str] = []
@@ -227,7 +231,7 @@ class SnapshotDraft:
             if self._is_missing(key):
                 self.keep(key, _closed(key))
         elif isinstance(value, Entry):
-            self._entries.setdefault(key.list_name, {})[value.network] = value.expiry
+            self._put_entry(key.list_name, value.network, value.expiry)
         elif key.kind is RecordKind.ENTRY:
             self._set(key, None)
         else:
@@ -250,7 +254,16 @@ class SnapshotDraft:
             elif key.kind is RecordKind.LIST:
                 self._lists_changed = True
         elif network := _network(key):
-            self._entries.setdefault(key.list_name, {})[network] = value if isinstance(value, int) else None
+            self._put_entry(key.list_name, network, value if isinstance(value, int) else None)
+
+    def _put_entry(self, list_name: str, network: Network, expiry: int | None) -> None:
+        if not len(self._before.tables):
+            self._entries.setdefault(list_name, {})[network] = expiry
+            return
+        draft = self._table_drafts.get(list_name)
+        if draft is None:
+            draft = self._table_drafts[list_name] = (self._tables.get(list_name) or _NO_NETWORKS).draft()
+        draft.put(network, expiry)
 
     def _count_problem(self, key: RecordKey, number: int) -> None:
         """Count an entry that cannot be read, or, with -1, no more."""
@@ -270,7 +283,7 @@ class SnapshotDraft:
         entries = self._entries.get(key.list_name, {})
         if network in entries:
             return entries[network] is None
-        table = self._tables.get(key.list_name)
+        table = self._table_drafts.get(key.list_name) or self._tables.get(key.list_name)
         return table is None or table.get(network) is None
 
     def copy(self, key: RecordKey, other: Snapshot) -> None:
@@ -324,24 +337,27 @@ class SnapshotDraft:
         return draft
 
     def _apply_entries(self) -> None:
-        made: dict[str, NetworkTable] = {}
-        if not len(self._before.tables):
-            # Much at once: columns, which all lists share.
-            columns = ColumnsDraft()
-            places = [
-                (name, columns.add((network, expiry) for network, expiry in items.items() if expiry is not None))
-                for name, items in self._entries.items()
-                if self._tables.get(name) is None
-            ]
-            shared = columns.columns()
-            made = {name: NetworkTable(shared, *place) for name, place in places}
-        for name, items in self._entries.items():
-            table = made.get(name)
-            if table is None:
-                table = (self._tables.get(name) or NetworkTable()).with_changes(items.items())
+        drafts = self._table_drafts.items()
+        made = self._build_tables() if self._entries else {name: draft.done() for name, draft in drafts}
+        for name, table in made.items():
             self._networks += len(table) - len(self._tables.get(name) or ())
             self._tables.put(name, table if len(table) else None)
             self._changed_tables.append(name)
+
+    def _build_tables(self) -> dict[str, NetworkTable]:
+        """Return the tables with `_entries`, of which there may be very many."""
+        made = {}
+        columns = ColumnsDraft()  # all new tables share them
+        places = []
+        for name, items in self._entries.items():
+            table = self._tables.get(name)
+            if table is None:
+                kept = ((network, expiry) for network, expiry in items.items() if expiry is not None)
+                places.append((name, columns.add(kept)))
+            else:
+                made[name] = table.with_changes(items.items())
+        shared = columns.columns()
+        return made | {name: NetworkTable(shared, *place) for name, place in places}
 
     def _tenant_scopes(self, scopes: Mapping[str, Scope], tables: Mapping[str, NetworkTable]) -> Sharded[str, Scope]:
         changed = self._changed_scopes.union(filter(None, map(scope_of_own_list, self._changed_tables)))

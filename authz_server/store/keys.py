@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from authz_server.policy.access import (
@@ -442,6 +443,7 @@ def parse_host_pattern(value: Any) -> str:
     return text
 
 
+@lru_cache(maxsize=1024)
 def _list_name(text: str) -> str:
     """Let pass a list's name, or that of a scope's own list such as `tenant:acme/block`."""
     scope, slash, side = text.rpartition("/")
