@@ -46,17 +46,21 @@ def _move_children(parents: Iterable[int], core: int, left: threading.Event) -> 
     while not left.wait(_LOOK_SECONDS):
         for parent in parents:
             for thread in _threads(parent):
-                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # thread or child has ended already
+                children: set[int] = set()
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended already
                     children = {*map(int, Path(f"/proc/{parent}/task/{thread}/children").read_text().split())}
-                    _keep_on({core}, children - moved)
-                    moved |= children
+                _keep_on({core}, children - moved)
+                moved |= children
 
 
 def _keep_on(cores: set[int], processes: Iterable[int]) -> None:
     for process in processes:
         for thread in _threads(process):
-            os.sched_setaffinity(thread, cores)
+            with contextlib.suppress(ProcessLookupError):  # it has ended since
+                os.sched_setaffinity(thread, cores)
 
 
 def _threads(process: int) -> list[int]:
-    return [int(path.name) for path in Path(f"/proc/{process}/task").iterdir()]
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the process has ended
+        return [int(path.name) for path in Path(f"/proc/{process}/task").iterdir()]
+    return []
