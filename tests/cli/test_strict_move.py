@@ -53,7 +53,12 @@ def servers(own_valkey: Valkey, tmp_path: Path) -> Iterator[dict[str, ServerProc
         servers = {}
         for name in ("pod-a", "pod-b"):
             (tmp_path / name).mkdir()
-            environ = {"AUTHZ_REDIS_URL": own_valkey.url, "AUTHZ_REPLICA_NAME": name}
+            environ = {
+                "AUTHZ_REDIS_URL": own_valkey.url,
+                "AUTHZ_REPLICA_NAME": name,
+                # A server that was paused would else shed, by right, what it had read and not decided yet.
+                "AUTHZ_MAX_WAIT_SECONDS": "10",
+            }
             servers[name] = ServerProcess(tmp_path / name, environ)
         start_together(stack, *servers.values())
         for server in servers.values():
