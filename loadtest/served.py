@@ -123,53 +123,55 @@ def build_policy() -> Snapshot:
 OURS = ("grpcio", "asyncio")
 
 
-class Serving(Protocol):
+class Answering(Protocol):
+    """A Checker, or what stands for it."""
+
+    check: Callable[[bytes], bytes]
+    check_all: Callable[[Sequence[bytes]], Sequence[bytes | None]]
+
+
+class Serving(Answering, Protocol):
     """What a measured transport asks."""
 
     answers: int
     """Checks answered so far."""
-
-    check: Callable[[bytes], bytes]
-    check_all: Callable[[Sequence[bytes]], Sequence[bytes | None]]
 
 
 class Constant:
     """Answers every check with the same bytes."""
 
     def __init__(self, answer: bytes) -> None:
-        self.answers = 0
-
         def check(_data: bytes) -> bytes:
-            self.answers += 1
             return answer
 
         def check_all(messages: Sequence[bytes]) -> Sequence[bytes]:
-            self.answers += len(messages)
             return [answer] * len(messages)
 
         self.check, self.check_all = check, check_all
 
 
 class Distinct:
-    """Has the checker decide about one of many requests in turn: h2load sends the same message, COMMON, for ever.
+    """Hands on one of many requests in turn: h2load sends the same message, COMMON, for ever.
 
     What each of them says beside that is put to what came, which costs less than to fetch whole messages from memory
-    (20 MiB of them) that the processor does not hold any more, as it holds what has just been received. Messages that
-    are not COMMON are passed on as they came.
+    (20 MiB of them) that the processor does not hold any more, as it holds what has just been received. A constant
+    answer's messages are put together too: a client that sent distinct ones would spare both servers that. Messages
+    that are not COMMON are passed on as they came.
     """
 
-    def __init__(self, checker: Checker) -> None:
+    def __init__(self, answering: Answering) -> None:
         clients = cycle(list(_clients(REQUESTS)))
+        one, all_ = answering.check, answering.check_all
 
         self.answers = 0
 
         def check(data: bytes) -> bytes:
             self.answers += 1
-            return checker.check(data + next(clients) if len(data) == COMMON_BYTES else data)
+            return one(data + next(clients) if len(data) == COMMON_BYTES else data)
 
         def check_all(messages: Sequence[bytes]) -> Sequence[bytes | None]:
             self.answers += len(messages)
-            return checker.check_all([data + next(clients) if len(data) == COMMON_BYTES else data for data in messages])
+            return all_([data + next(clients) if len(data) == COMMON_BYTES else data for data in messages])
 
         self.check, self.check_all = check, check_all
 
@@ -184,7 +186,7 @@ async def _serve(transport_name: str, answer: str) -> None:
         observe=lambda checks: metrics.observe(checks.decided, checks.seconds),
     )
     constant = checker.check(build_requests(1)[0])
-    serving: Any = Distinct(checker) if answer == "real" else Constant(constant)
+    serving: Any = Distinct(checker if answer == "real" else Constant(constant))
     module, _, name = TRANSPORTS.get(transport_name, transport_name).partition(":")
     health = HealthState()
     transport = getattr(importlib.import_module(module), name)(serving, listen="127.0.0.1:0", tls=None, health=health)
