@@ -39,5 +39,5 @@ async def test_short_work_is_one_step() -> None:
     assert await steps_of(0.0001, 5) == []
 
 
-async def test_a_short_step_ends_when_it_has_lasted_a_fifth_of_that() -> None:
-    assert await steps_of(0.00006, 12, short=True) == [4, 8, 12]
+async def test_a_short_step_ends_when_it_has_lasted_a_seventh_of_that() -> None:
+    assert await steps_of(0.00004, 12, short=True) == [4, 8, 12]
