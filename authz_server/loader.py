@@ -47,6 +47,10 @@ REPACK_CHANGES = 20_000
 """So many changed records lie in dicts at most: they take more memory than columns, and more time to match."""
 _REPACK_PAUSE_SECONDS = 5.0
 _ROWS_AT_ONCE = 20
+_UNPACKING_STEP_SECONDS = STEP_SECONDS / 2
+"""Shorter than others, for it goes on for a second where tenants are many."""
+_STARTING_STEP_SECONDS = 20 * STEP_SECONDS
+"""While there is no snapshot yet, only probes wait."""
 
 
 class LoaderError(StoreError):
@@ -184,7 +188,7 @@ class ChildLoader:
             await asyncio.to_thread(copy_file, self._path, memory)
             packed = await asyncio.to_thread(_open_memory, memory)
             check_stamp(packed.stamp, origin=self._origin, max_age_seconds=self._max_age_seconds, now=time.time())
-            loaded = await _unpacked(packed, packed.unpack(self._options), Source.FILE)
+            loaded = await _unpacked(packed, packed.unpack(self._options), Source.FILE, _STARTING_STEP_SECONDS)
         except SnapshotFileError as error:
             os.close(memory)
             if not isinstance(error, NoSnapshotFileError):
@@ -257,7 +261,7 @@ class ChildLoader:
             async with asyncio.timeout(LOAD_SECONDS):
                 result = await _run_child(order, rows, handed_on)
             packed = await asyncio.to_thread(_open_memory, memory)
-            loaded = await _unpacked(packed, unpack(packed), Source.REDIS)
+            loaded = await _unpacked(packed, unpack(packed), Source.REDIS, _UNPACKING_STEP_SECONDS)
         except TimeoutError:
             os.close(memory)
             raise LoaderError(f"loading took longer than {LOAD_SECONDS:g} seconds and was given up") from None
@@ -289,13 +293,15 @@ class ChildLoader:
             self._packed = None
 
 
-async def _unpacked(packed: PackedSnapshot, slices: Iterator[Snapshot | None], source: Source) -> Loaded:
-    """Build the snapshot in slices, between which checks are answered."""
+async def _unpacked(
+    packed: PackedSnapshot, slices: Iterator[Snapshot | None], source: Source, step_seconds: float
+) -> Loaded:
+    """Build the snapshot in slices, between which others have their turn."""
     snapshot = None
     gc_was_on = gc.isenabled()
     # What is built here stays: a collection in the midst of it would only stop everything to find that out.
     gc.disable()
-    turns = Turns(step_seconds=STEP_SECONDS / 2)  # it goes on for a second where tenants are many
+    turns = Turns(step_seconds=step_seconds)
     try:
         for done in slices:
             snapshot = done
