@@ -8,7 +8,7 @@ STEP_SECONDS = 0.001
 """So long does a check wait for a step at most, and for the piece of work at the step's end."""
 _PAUSE_SECONDS = 0.001
 _SHORT_STEP_SECONDS = 0.00015
-"""Some two or three events: shorter ones would cost more in turns than in work."""
+"""One or two events: shorter ones would cost more in turns than in work."""
 _SHORT_PAUSE_TURNS = 3
 """A check is read in one turn of the event loop and decided in the next: with one turn only between two steps it would
 wait for both."""
