@@ -46,11 +46,10 @@ def _move_children(parents: Iterable[int], core: int, left: threading.Event) -> 
     while not left.wait(_LOOK_SECONDS):
         for parent in parents:
             for thread in _threads(parent):
-                children: set[int] = set()
-                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended already
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended already
                     children = {*map(int, Path(f"/proc/{parent}/task/{thread}/children").read_text().split())}
-                _keep_on({core}, children - moved)
-                moved |= children
+                    _keep_on({core}, children - moved)
+                    moved |= children
 
 
 def _keep_on(cores: set[int], processes: Iterable[int]) -> None:

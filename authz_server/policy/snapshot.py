@@ -49,7 +49,6 @@ Kept = NamedList | Scope | Resource | Tenant | Instance
 """A record that a snapshot keeps whole."""
 
 _OPEN_EVERYWHERE = Scope(GLOBAL_SCOPE)
-_NO_NETWORKS = NetworkTable()
 
 
 class MissingClientAddress(StrEnum):
@@ -262,7 +261,7 @@ class SnapshotDraft:
             return
         draft = self._table_drafts.get(list_name)
         if draft is None:
-            draft = self._table_drafts[list_name] = (self._tables.get(list_name) or _NO_NETWORKS).draft()
+            draft = self._table_drafts[list_name] = (self._tables.get(list_name) or NetworkTable()).draft()
         draft.put(network, expiry)
 
     def _count_problem(self, key: RecordKey, number: int) -> None:
@@ -337,8 +336,9 @@ class SnapshotDraft:
         return draft
 
     def _apply_entries(self) -> None:
-        drafts = self._table_drafts.items()
-        made = self._build_tables() if self._entries else {name: draft.done() for name, draft in drafts}
+        made = {name: draft.done() for name, draft in self._table_drafts.items()}
+        if self._entries:
+            made |= self._build_tables()
         for name, table in made.items():
             self._networks += len(table) - len(self._tables.get(name) or ())
             self._tables.put(name, table if len(table) else None)

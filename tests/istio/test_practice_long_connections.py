@@ -150,8 +150,8 @@ def refuses(envoy: Envoy) -> bool:
         socket.create_connection(envoy.address, timeout=5).close()
     except ConnectionRefusedError:
         return True
-    except ConnectionResetError:  # the listener is closed while this connection is made; the next one will tell
-        return False
+    except ConnectionResetError:
+        pass  # the listener is closed while this connection is made; the next one will tell
     return False
 
 
