@@ -5,6 +5,7 @@ ARG PYTHON_VERSION=3.13
 FROM python:${PYTHON_VERSION}-slim AS build
 WORKDIR /src
 COPY image/build.sh image/build.sh
+RUN sh image/build.sh compiler
 COPY requirements.txt requirements.txt
 RUN sh image/build.sh dependencies /opt/authz-server
 COPY requirements-build.txt pyproject.toml README.md LICENSE ./

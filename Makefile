@@ -9,8 +9,13 @@ LOCK := $(BIN)/uv pip compile --quiet $(UPGRADE) --universal --python-version 3.
 ENVOYS := 1.36.4 1.38.3
 GENERATED := authz_server/ext_authz/_generated
 
+COMPILED := build/compiled
+ON_COMPILED := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(COMPILED):$(CURDIR):$(CURDIR)/tests $(BIN)/python
+# What runs through compiled code most; TESTS=tests runs all.
+TESTS := tests/policy tests/ext_authz tests/gateway tests/store/test_keys.py tests/store/test_contract.py tests/test_*.py
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-istio chaos bench lint format types protos readme chart dashboard check-generated lock clean
+.PHONY: help setup demo test test-unit compiled test-compiled test-istio chaos bench lint format types protos readme chart dashboard check-generated lock clean
 
 help: ## Show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -36,24 +41,39 @@ test: $(READY) ## Run all tests (real Envoy and Valkey on the loopback)
 test-unit: $(READY) ## Run the tests that open no socket
 	$(BIN)/python -m pytest -m "not integration"
 
+compiled: $(COMPILED)/.ready ## Build the package with its hot path compiled, as the image has it (needs a C compiler)
+
+$(COMPILED)/.ready: $(READY) $(shell find authz_server -name '*.py')
+	@command -v $${CC:-cc} >/dev/null || { echo "There is no C compiler; on Debian: apt-get install gcc libc6-dev" >&2; exit 1; }
+	rm -rf build
+	mkdir -p build/source
+	cp -R authz_server pyproject.toml README.md LICENSE build/source
+	cd build/source && HATCH_BUILD_HOOK_ENABLE_MYPYC=true $(CURDIR)/$(BIN)/python -m hatchling build --target wheel --directory ../wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-index --target $(COMPILED) build/wheel/*.whl
+	$(ON_COMPILED) $(COMPILED)/bin/authz-server --version | grep "hot path: compiled"
+	@touch $@
+
+test-compiled: $(COMPILED)/.ready ## Run the tests of what is compiled on the compiled build (TESTS=tests: all tests)
+	$(ON_COMPILED) -m pytest -n 2 --dist loadfile -o "pythonpath=$(COMPILED) . tests" $(TESTS)
+
 test-istio: $(READY) ## Try the manifests of istio/ on real Envoys of three versions, one line for each practice
 	$(BIN)/python -m pytest -q tests/istio
 
 chaos: $(READY) ## Let everything happen to the store under continuous checks (minutes); a table of what checks noticed
 	PYTHONPATH=.:tests $(BIN)/python -m chaos
 
-bench: $(READY) ## Measure (minutes; needs h2load and wrk): the match table, a check, the transport; loadtest/NOTES.md
-	$(BIN)/python -m loadtest.match_table
-	$(BIN)/python -m loadtest.tight_loop
-	$(BIN)/python -m loadtest.observing
-	$(BIN)/python -m loadtest.memory
-	$(BIN)/python -m loadtest.reload
+bench: $(COMPILED)/.ready ## Measure the compiled build (minutes; needs h2load and wrk): the match table, a check, the transport; loadtest/NOTES.md
+	$(ON_COMPILED) -m loadtest.match_table
+	$(ON_COMPILED) -m loadtest.tight_loop
+	$(ON_COMPILED) -m loadtest.observing
+	$(ON_COMPILED) -m loadtest.memory
+	$(ON_COMPILED) -m loadtest.reload
 	for part in cpu through_envoy overload overload_envoy hostile resets drain; do \
-		$(BIN)/python -m loadtest.$$part || exit 1; \
+		$(ON_COMPILED) -m loadtest.$$part || exit 1; \
 	done
-	$(BIN)/python -m loadtest.followers
-	$(BIN)/python -m loadtest.importing
-	$(BIN)/python -m loadtest.commands
+	$(ON_COMPILED) -m loadtest.followers
+	$(ON_COMPILED) -m loadtest.importing
+	$(ON_COMPILED) -m loadtest.commands
 
 lint: $(READY) ## Check format, lint and types
 	$(BIN)/ruff format --check .
@@ -88,4 +108,4 @@ lock: $(READY) ## Resolve exact versions with hashes (UPGRADE=--upgrade for newe
 	done
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

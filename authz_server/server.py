@@ -25,6 +25,7 @@ import structlog
 
 from authz_server.admin.app import build_admin_app
 from authz_server.admin.listening import AdminServer, CannotListenError, open_socket
+from authz_server.build import hot_path
 from authz_server.decision_log import DecisionLog, LogOptions
 from authz_server.ext_authz.check_response import ResponseOptions
 from authz_server.ext_authz.checker import Checker, Checks
@@ -189,6 +190,7 @@ async def _serve(settings: Settings, stopping: asyncio.Event, stack: AsyncExitSt
         grpc=_host_port(parse_listen(settings.listen)[0], grpc_port),
         transport=transport_name.value,
         transport_because=why,
+        hot_path=hot_path(),
         admin=_host_port(admin_host, listening.getsockname()[1]),
         redis=str(settings.store_address()),
     )

@@ -364,7 +364,8 @@ class Settings(BaseSettings):
     routing_header: HeaderName = Field("x-tenant-instance", description="Header that names the instance to Envoy")
     tenant_header: HeaderName = Field("x-tenant-id", description="Header that names the tenant to the instance")
     tenant_from: Annotated[tuple[Source, ...], BeforeValidator(_comma_separated)] = Field(
-        (TenantSource(SourceKind.HEADER, "x-tenant-id"),),
+        # Made anew: pydantic copies a default at times, which a frozen class does not bear when it is compiled.
+        default_factory=lambda: (TenantSource(SourceKind.HEADER, "x-tenant-id"),),
         description="Where requests name their tenant, all are read: `header:NAME`, `query:NAME`, "
         "`host:{tenant}.example.com`, `path:/t/{tenant}/`",
     )

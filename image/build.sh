@@ -1,17 +1,24 @@
 #!/bin/sh
 # What the image's build stage runs (Dockerfile), and the tests without Docker:
 #
+#   build.sh compiler              a C compiler from Debian, where there is none
 #   build.sh dependencies PREFIX   the locked dependencies into a new virtual environment at PREFIX
-#   build.sh package PREFIX        this package into it; then everything that only builds goes
+#   build.sh package PREFIX        this package into it, its hot path compiled; then everything that only builds goes
 #
 # From the folder that holds requirements*.txt, and for `package` the sources. PREFIX is where it will run, because the
 # scripts in it name that path. PYTHON may name another interpreter than python3.
 set -eu
-step=$1 prefix=$2
+step=$1 prefix=${2:-}
 build=$prefix.build
 pip="-m pip --disable-pip-version-check --no-input --quiet"
 
 case $step in
+compiler)
+    command -v cc >/dev/null || {
+        apt-get update -qq
+        DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends gcc libc6-dev >/dev/null
+    }
+    ;;
 dependencies)
     "${PYTHON:-python3}" -m venv "$prefix"
     # shellcheck disable=SC2086 - words, not one argument
@@ -21,7 +28,7 @@ package)
     "${PYTHON:-python3}" -m venv --without-pip "$build"
     # shellcheck disable=SC2086
     "$prefix/bin/python" $pip --python "$build/bin/python" install --no-cache-dir --require-hashes --only-binary :all: -r requirements-build.txt
-    "$build/bin/python" -m hatchling build --target wheel --directory "$build/dist"
+    HATCH_BUILD_HOOK_ENABLE_MYPYC=true "$build/bin/python" -m hatchling build --target wheel --directory "$build/dist"
     # shellcheck disable=SC2086
     "$prefix/bin/python" $pip install --no-cache-dir --no-compile --no-deps --no-index "$build"/dist/*.whl
     rm -rf "$build"
@@ -36,7 +43,7 @@ package)
     "$prefix/bin/python" -m compileall -q -j 0 --invalidation-mode unchecked-hash "$prefix/lib"
     ;;
 *)
-    echo "$0: $step is neither dependencies nor package" >&2
+    echo "$0: $step is neither compiler, dependencies nor package" >&2
     exit 2
     ;;
 esac

@@ -23,6 +23,7 @@ ROOMS_BELOW: dict[str, frozenset[str]] = {
     "packing": frozenset({"policy", "store", "snapshot_file"}),
     "snapshot_file": frozenset({"policy", "store"}),
     "replicas": frozenset({"policy", "store"}),
+    "build": frozenset({"policy"}),
     "health": frozenset({"policy"}),
     "tasks": frozenset(),
     "turns": frozenset(),

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from authz_server.build import hot_path
 from authz_server.logs import set_up_logging
 from authz_server.settings import CONFIG_VARIABLE, Settings, SettingsError, load_settings
 from authz_server.store.redis_store import RedisStore
@@ -36,7 +37,7 @@ def _print_version(wanted: bool) -> None:
             version = importlib.metadata.version("authz-server")
         except importlib.metadata.PackageNotFoundError:
             version = "(run from its source, not installed)"
-        typer.echo(f"authz-server {version}")
+        typer.echo(f"authz-server {version}, hot path: {hot_path()}")
         raise typer.Exit
 
 

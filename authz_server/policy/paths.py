@@ -29,8 +29,8 @@ _ENCODED_SLASH = re.compile(r"%2f", re.IGNORECASE)
 _END = re.compile(r"[?#\0]")
 """Where a backend that has decoded may take the path to end: at a query, a fragment, or the end of a C string."""
 _PARAMETERS = re.compile(r";[^/]*")
-_EMPTY, _NUL = "\ud800", "\ud801"
-"""Stand in for empty segments and NULs; decoding never yields these two."""
+_EMPTY, _NUL = chr(0xD800), chr(0xD801)
+"""Stand in for empty segments and NULs; decoding never yields these two. (mypyc has no such characters in literals.)"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """`authz-server`: what operators see. `serve` itself is tested in test_server.py, as a process."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def test_help(words: list[str]) -> None:
 def test_version() -> None:
     result = run("--version")
     assert result.exit_code == 0
-    assert result.output.startswith("authz-server ")
+    assert re.fullmatch(r"authz-server \S+, hot path: (python|compiled)\n", result.output)
 
 
 class TestCheckConfig:

@@ -10,13 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from authz_server.ext_authz._generated import ext_authz_pb2
-from authz_server.ext_authz.check_response import ResponseOptions, ResponseWriter
+from authz_server.ext_authz.check_response import ResponseOptions
 from authz_server.ext_authz.checker import CannotDecideError, Checked, Checker, Checks
 from authz_server.policy.access import Entry, Mode, Scope
 from authz_server.policy.addresses import parse_network
 from authz_server.policy.affinity import Instance, Tenant
-from authz_server.policy.attributes import RequestAttributes
-from authz_server.policy.decision import Allowed, Decision, Denied, decide
+from authz_server.policy.decision import Allowed, Denied
 from authz_server.policy.reasons import Reason
 from authz_server.policy.records import entry_key, record_key
 from authz_server.policy.snapshot import DecisionOptions, Snapshot, build_snapshot
@@ -189,28 +188,29 @@ def test_leaving_the_process_is_not_mistaken_for_a_fault() -> None:
         Bench(clock=interrupted).check(request())
 
 
-def test_checks_that_came_together_are_answered_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    def decide_or_fail(attributes: RequestAttributes, snapshot: Snapshot, now: float) -> Decision:
-        if attributes.request_id == "fault":
-            raise ValueError(attributes.request_id)
-        return decide(attributes, snapshot, now)
+def test_checks_that_came_together_are_answered_each_by_itself() -> None:
+    tenant = Tenant("unwritable", "queue-\ud800")  # as nothing that is read from the store could be
+    records = [
+        *RECORDS,
+        (record_key(tenant), tenant),
+        (record_key(Instance(tenant.instance)), Instance(tenant.instance)),
+    ]
+    snapshot = build_snapshot(records, epoch="e", revision=42, options=SNAPSHOT.options)
+    decided = count(1)
 
-    def write_or_fail(writer: ResponseWriter, decision: Decision, *, request_id: str, revision: int) -> bytes:
-        if request_id == "unwritable":
-            raise ValueError(request_id)
-        return write(writer, decision, request_id=request_id, revision=revision)
+    def clock() -> float:
+        if next(decided) == 2:
+            raise ValueError("fault")
+        return 1000.0
 
-    write = ResponseWriter.write
-    monkeypatch.setattr("authz_server.ext_authz.checker.decide", decide_or_fail)
-    monkeypatch.setattr(ResponseWriter, "write", write_or_fail)
-    bench = Bench()
+    bench = Bench(snapshot, clock)
     messages = [
         request(),
         GARBAGE,
-        request(x_request_id="fault"),
+        request(),
         request("198.51.100.1", x_request_id="id-1"),
         TOO_LARGE,
-        request(x_request_id="unwritable"),
+        request(x_tenant_id="unwritable"),
         request(x_tenant_id="acme"),
     ]
     reasons = [
@@ -227,7 +227,8 @@ def test_checks_that_came_together_are_answered_each_by_itself(monkeypatch: pyte
     assert [option.header.value for option in answers[-1].ok_response.headers] == ["queue-3", "acme"]
     assert '"request_id": "id-1"' in answers[3].denied_response.body
     assert [checked.decision.reason for checked in bench.seen] == reasons
-    assert [str(checked.error or "") for checked in bench.seen] == ["", "", "fault", "", "", "unwritable", ""]
+    faults = [type(checked.error) for checked in bench.seen if checked.error]
+    assert faults == [ValueError, UnicodeEncodeError]
     assert [checked.revision for checked in bench.seen] == [42, 0, 0, 42, 0, 0, 42]
 
 

@@ -296,7 +296,8 @@ def copied_room(
     """Give a copy of the policy room with the fault that the parameter names, or with none."""
     name = f"copied_policy_{request.node.callspec.indices['copied_room']}"
     folder = tmp_path / name
-    shutil.copytree(Path(authz_server.policy.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    sources_only = shutil.ignore_patterns("__pycache__", "*.so")
+    shutil.copytree(Path(authz_server.policy.__file__).parent, folder, ignore=sources_only)
     for file in folder.glob("*.py"):
         file.write_text(file.read_text().replace("authz_server.policy", name))
     if request.param:
