@@ -9,42 +9,43 @@ STEP_SECONDS = 0.001
 _PAUSE_SECONDS = 0.001
 _SHORT_STEP_SECONDS = 0.00015
 """One or two events: shorter ones would cost more in turns than in work."""
-_SHORT_PAUSE_TURNS = 3
-"""A check is read in one turn of the event loop and decided in the next: with one turn only between two steps it would
-wait for both."""
+_SHORT_PAUSE_SECONDS = 1e-9
+"""The shortest that a timer knows. In the event loop's next turn a check that has come is read, and after that the
+timer ends; in the turn that follows the check is decided, and after that whoever paused goes on. `sleep(0)` would take
+three turns for the same."""
 
 
 class Turns:
     """Ends a step when it has lasted long enough, whatever the machine is and the work."""
 
     def __init__(
-        self, clock: Callable[[], float] = time.monotonic, *, step_seconds: float = STEP_SECONDS, pause_turns: int = 0
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        step_seconds: float = STEP_SECONDS,
+        pause_seconds: float = _PAUSE_SECONDS,
     ) -> None:
         """Begin a step.
 
         Args:
             clock: monotonic seconds.
             step_seconds: how long a step lasts.
-            pause_turns: turns of the event loop between two steps; 0: a millisecond, whatever others do in it.
+            pause_seconds: how long others have their turn between two steps.
         """
         self._clock = clock
         self._step_seconds = step_seconds
-        self._pause_turns = pause_turns
+        self._pause_seconds = pause_seconds
         self._until = clock() + step_seconds
 
     async def take(self) -> None:
         """Let others have their turn, if the step is over; to be called after each small piece of work."""
         if self._clock() < self._until:
             return
-        if self._pause_turns:
-            for _ in range(self._pause_turns):
-                await asyncio.sleep(0)
-        else:
-            await asyncio.sleep(_PAUSE_SECONDS)
+        await asyncio.sleep(self._pause_seconds)
         self._until = self._clock() + self._step_seconds
 
 
 def short_turns(clock: Callable[[], float] = time.monotonic) -> Turns:
     """Begin short steps, with a pause of just what a check needs: for what goes on while changes are made, and must
     keep up with them."""
-    return Turns(clock, step_seconds=_SHORT_STEP_SECONDS, pause_turns=_SHORT_PAUSE_TURNS)
+    return Turns(clock, step_seconds=_SHORT_STEP_SECONDS, pause_seconds=_SHORT_PAUSE_SECONDS)

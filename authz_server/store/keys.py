@@ -32,7 +32,7 @@ from authz_server.policy.affinity import MAX_WEIGHT, Hold, Instance, InstanceSta
 from authz_server.policy.identifiers import parse_identifier
 from authz_server.policy.paths import parse_path_pattern
 from authz_server.policy.records import Record, RecordKey, RecordKind, Unreadable
-from authz_server.store.interface import Change, Difference, EventRecord, Position, Replacement, Replica, Report
+from authz_server.store.interface import Change, Difference, Event, EventRecord, Position, Replacement, Replica, Report
 
 ENTRIES = "entries:"
 """What the collection of a list's entries begins with."""
@@ -252,6 +252,32 @@ def read_event_records(text: str) -> Iterator[EventRecord]:
             yield EventRecord(key, before, after, None if after is None else decode_record(key, after))
     except (TypeError, RecursionError) as error:
         raise ValueError(f"{text[:200]!r} are not the records of an event: {error}") from None
+
+
+def read_event(entry_id: str, fields: Mapping[str, str], records: tuple[EventRecord, ...]) -> Event:
+    """Read an entry of the change stream, whose records have been read.
+
+    Raises:
+        ValueError: it is not one of ours.
+    """
+    revision, _, sequence = entry_id.partition("-")
+    if sequence != "0":
+        raise ValueError("its id is not a revision")
+    try:
+        return Event(
+            Position(fields["epoch"], int(revision), fields["change"]),
+            previous_change_id=fields["previous"],
+            actor=fields["actor"],
+            reason=fields["reason"],
+            action=fields["action"],
+            at=float(fields["at"]),
+            records=records,
+            counts={str(name): int(count) for name, count in json.loads(fields["counts"]).items()},
+            parts=int(fields.get("parts", "0")),
+            size=int(fields.get("size", "0")),
+        )
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{error!r}") from None
 
 
 def encode_report(report: Report, now: float) -> str:

@@ -17,7 +17,6 @@ Every write is one script that compares before it sets. redis-py sends a command
 before the reply; the change id makes that harmless. No command works on more than some thousand records.
 """
 
-import json
 import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -91,6 +90,7 @@ from authz_server.store.keys import (
     encode_report,
     is_collection,
     parse_count,
+    read_event,
     read_event_records,
     record_key_of,
     replacement_digest,
@@ -815,7 +815,7 @@ class RedisStore:
         for entry_id, fields in entries:
             await turns.take()
             try:
-                event = _event(entry_id, fields, await _read_records(fields.get("records", ""), turns))
+                event = read_event(entry_id, fields, await _read_records(fields.get("records", ""), turns))
             except ValueError as error:
                 raise PositionLostError(f"the event {entry_id} in {self._where} cannot be read: {error}") from None
             follows = (position.epoch, position.revision + 1, position.change_id)
@@ -876,7 +876,7 @@ class RedisStore:
         turns = Turns()
         try:
             return [
-                _event(entry_id, fields, await _read_records(fields.get("records", ""), turns))
+                read_event(entry_id, fields, await _read_records(fields.get("records", ""), turns))
                 for entry_id, fields in entries
             ]
         except ValueError as error:
@@ -886,8 +886,7 @@ class RedisStore:
         """See `Store.report`. No script: a server needs no more than the right to HGET and HSET this one key."""
         key = self._key(REPLICAS)
         with self._errors():
-            now = await self._time()
-            before: Any = await self._client.hget(key, report.replica)
+            now, before = await self._time_and_report(key, report.replica)
             if before is not None and not take_over and not reported_by(report, before):
                 return False
             await self._client.hset(key, report.replica, encode_report(report, now))
@@ -900,6 +899,17 @@ class RedisStore:
             now = await self._time()
         return [decode_report(name, texts[name], now) for name in sorted(texts)]
 
+    async def _time_and_report(self, key: str, replica: str) -> tuple[float, str | None]:
+        """Return what `_time` does, and what a server has reported last; at once, as each position is reported."""
+        if isinstance(self._client, RedisCluster):  # its pipelines take no commands without a key
+            known: Any = await self._client.hget(key, replica)
+            return await self._time(), known
+        async with self._client.pipeline(transaction=False) as pipe:
+            pipe.time()
+            pipe.hget(key, replica)
+            moment, before = await pipe.execute()
+        return _seconds(moment), before
+
     async def _time(self) -> float:
         """Return the clock of the server that holds our keys, in seconds since the Unix epoch."""
         if isinstance(self._client, RedisCluster):
@@ -908,7 +918,7 @@ class RedisStore:
             reply: Any = await self._client.execute_command("TIME", target_nodes=node)
         else:
             reply = await self._client.time()
-        return int(reply[0]) + int(reply[1]) / 1e6
+        return _seconds(reply)
 
     async def forget(self, replica: str) -> bool:
         """See `Store.forget`."""
@@ -1133,6 +1143,11 @@ def _position_of(result: str, change_id: str) -> Position:
     return Position(epoch, int(revision), change_id)
 
 
+def _seconds(moment: Sequence[Any]) -> float:
+    """Return the reply to TIME in seconds since the Unix epoch."""
+    return int(moment[0]) + int(moment[1]) / 1e6
+
+
 async def _read_records(text: str, turns: Turns) -> tuple[EventRecord, ...]:
     """Read the records of an event; a follower answers checks meanwhile."""
     read = []
@@ -1140,25 +1155,3 @@ async def _read_records(text: str, turns: Turns) -> tuple[EventRecord, ...]:
         read.append(record)
         await turns.take()
     return tuple(read)
-
-
-def _event(entry_id: str, fields: Mapping[str, str], records: tuple[EventRecord, ...]) -> Event:
-    """Read a stream entry; ValueError when it is not one of ours."""
-    revision, _, sequence = entry_id.partition("-")
-    if sequence != "0":
-        raise ValueError("its id is not a revision")
-    try:
-        return Event(
-            Position(fields["epoch"], int(revision), fields["change"]),
-            previous_change_id=fields["previous"],
-            actor=fields["actor"],
-            reason=fields["reason"],
-            action=fields["action"],
-            at=float(fields["at"]),
-            records=records,
-            counts={str(name): int(count) for name, count in json.loads(fields["counts"]).items()},
-            parts=int(fields.get("parts", "0")),
-            size=int(fields.get("size", "0")),
-        )
-    except (KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{error!r}") from None
