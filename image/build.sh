@@ -28,7 +28,10 @@ package)
     "${PYTHON:-python3}" -m venv --without-pip "$build"
     # shellcheck disable=SC2086
     "$prefix/bin/python" $pip --python "$build/bin/python" install --no-cache-dir --require-hashes --only-binary :all: -r requirements-build.txt
-    HATCH_BUILD_HOOK_ENABLE_MYPYC=true "$build/bin/python" -m hatchling build --target wheel --directory "$build/dist"
+    # From a copy: what mypyc makes it leaves beside the sources, where it would be imported in their place ever after.
+    mkdir "$build/source"
+    cp -R authz_server pyproject.toml README.md LICENSE "$build/source"
+    (cd "$build/source" && HATCH_BUILD_HOOK_ENABLE_MYPYC=true ../bin/python -m hatchling build --target wheel --directory ../dist)
     # shellcheck disable=SC2086
     "$prefix/bin/python" $pip install --no-cache-dir --no-compile --no-deps --no-index "$build"/dist/*.whl
     rm -rf "$build"

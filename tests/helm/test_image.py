@@ -102,6 +102,7 @@ def test_no_build_tool_is_left(image: Path) -> None:
     }
     assert not {"pip", "pip3", "hatchling", "activate"} & {path.name for path in (image / "bin").iterdir()}
     assert list(image.parent.iterdir()) == [image], "the build's own folder is gone"
+    assert not any(image.parents[1].joinpath("src").rglob("*.so")), "nothing compiled is left beside the sources"
 
 
 def test_what_is_installed_is_what_is_locked(image: Path) -> None:
