@@ -43,7 +43,7 @@ test-unit: $(READY) ## Run the tests that open no socket
 
 compiled: $(COMPILED)/.ready ## Build the package with its hot path compiled, as the image has it (needs a C compiler)
 
-$(COMPILED)/.ready: $(READY) $(shell find authz_server -name '*.py')
+$(COMPILED)/.ready: $(READY) $(shell find authz_server -type f -not -name '*.pyc')
 	@command -v $${CC:-cc} >/dev/null || { echo "There is no C compiler; on Debian: apt-get install gcc libc6-dev" >&2; exit 1; }
 	rm -rf build
 	mkdir -p build/source
