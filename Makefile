@@ -43,18 +43,16 @@ test-unit: $(READY) ## Run the tests that open no socket
 
 compiled: $(COMPILED)/.ready ## Build the package with its hot path compiled, as the image has it (needs a C compiler)
 
-$(COMPILED)/.ready: $(READY) $(shell find authz_server -type f -not -name '*.pyc')
+$(COMPILED)/.ready: $(READY) image/build.sh $(shell find authz_server -type f -not -name '*.pyc')
 	@command -v $${CC:-cc} >/dev/null || { echo "There is no C compiler; on Debian: apt-get install gcc libc6-dev" >&2; exit 1; }
 	rm -rf build
-	mkdir -p build/source
-	cp -R authz_server pyproject.toml README.md LICENSE build/source
-	cd build/source && HATCH_BUILD_HOOK_ENABLE_MYPYC=true $(CURDIR)/$(BIN)/python -m hatchling build --target wheel --directory ../wheel
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-index --target $(COMPILED) build/wheel/*.whl
+	PYTHON=$(CURDIR)/$(BIN)/python sh image/build.sh wheel build
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-index --target $(COMPILED) build/dist/*.whl
 	$(ON_COMPILED) $(COMPILED)/bin/authz-server --version | grep "hot path: compiled"
 	@touch $@
 
 test-compiled: $(COMPILED)/.ready ## Run the tests of what is compiled on the compiled build (TESTS=tests: all tests)
-	$(ON_COMPILED) -m pytest -n 2 --dist loadfile -o "pythonpath=$(COMPILED) . tests" $(TESTS)
+	$(ON_COMPILED) -m pytest -n 2 --dist loadfile -o pythonpath= $(TESTS)
 
 test-istio: $(READY) ## Try the manifests of istio/ on real Envoys of three versions, one line for each practice
 	$(BIN)/python -m pytest -q tests/istio

@@ -815,7 +815,7 @@ class RedisStore:
         for entry_id, fields in entries:
             await turns.take()
             try:
-                event = read_event(entry_id, fields, await _read_records(fields.get("records", ""), turns))
+                event = await _read_event(entry_id, fields, turns)
             except ValueError as error:
                 raise PositionLostError(f"the event {entry_id} in {self._where} cannot be read: {error}") from None
             follows = (position.epoch, position.revision + 1, position.change_id)
@@ -875,10 +875,7 @@ class RedisStore:
     async def _read_events(self, entries: Sequence[tuple[str, dict[str, str]]]) -> list[Event]:
         turns = Turns()
         try:
-            return [
-                read_event(entry_id, fields, await _read_records(fields.get("records", ""), turns))
-                for entry_id, fields in entries
-            ]
+            return [await _read_event(entry_id, fields, turns) for entry_id, fields in entries]
         except ValueError as error:
             raise self._inconsistent(f"an event in the change stream: {error}") from None
 
@@ -1148,10 +1145,10 @@ def _seconds(moment: Sequence[Any]) -> float:
     return int(moment[0]) + int(moment[1]) / 1e6
 
 
-async def _read_records(text: str, turns: Turns) -> tuple[EventRecord, ...]:
-    """Read the records of an event; a follower answers checks meanwhile."""
-    read = []
-    for record in read_event_records(text):
-        read.append(record)
+async def _read_event(entry_id: str, fields: Mapping[str, str], turns: Turns) -> Event:
+    """Read a stream entry, ValueError when it is not one of ours; a follower answers checks meanwhile."""
+    records = []
+    for record in read_event_records(fields.get("records", "")):
+        records.append(record)
         await turns.take()
-    return tuple(read)
+    return read_event(entry_id, fields, tuple(records))
