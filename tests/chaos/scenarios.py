@@ -32,6 +32,7 @@ from chaos.fleet import (
     BLOCKED,
     EMPTY,
     FEED,
+    HEAL_SECONDS,
     HELD,
     IN_FEED,
     INSTANCES,
@@ -230,8 +231,11 @@ async def cut(play: Play) -> None:
             fleet = await stack.enter_async_context(play.fleet(RedisAddress(writers), environs))
             for _ in range(play.scale.rounds):
                 _cut_all(proxies, cutting=True)
-                ends = time.monotonic() + play.scale.seconds
-                while time.monotonic() < ends:
+                began = time.monotonic()
+                # A slow machine writes too little in a second for every kind of cut to happen on every way.
+                while (took := time.monotonic() - began) < play.scale.seconds or (
+                    took < HEAL_SECONDS and not all(proxy.cut_requests and proxy.cut_replies for proxy in proxies)
+                ):
                     for subject in (ADDRESSES[1], TENANTS[0]):
                         await fleet.write(subject, toggled(fleet, subject))
                 _cut_all(proxies, cutting=False)
