@@ -2,9 +2,10 @@
 
 Networks are kept in columns, sorted by their first address; of two that begin alike, the wider one first. The last
 one that begins at or before an address is then the narrowest that can hold it, or lies within it: a look-up is one
-binary search and a few steps outwards, whatever the prefix lengths are, and nobody can choose networks that make it
-slow. Columns are plain numbers without an object each, so a file's bytes serve as they are, and all tables that are
-built together share them. Tables are never changed: later changes lie in dicts over the columns.
+binary search (in a large table, among the rows whose first bits are the address') and a few steps outwards, whatever
+the prefix lengths are, and nobody can choose networks that make it slow. Columns are plain numbers without an object
+each, so a file's bytes serve as they are, and all tables that are built together share them. Tables are never changed:
+later changes lie in dicts over the columns.
 """
 
 from array import array
@@ -27,6 +28,10 @@ _REMOVED = -1
 _LENGTH_BITS = 8
 _KEY_BITS = 64
 _LOW_KEY = (1 << _KEY_BITS) - 1
+_INDEXED_ROWS = 4096
+"""A table of fewer is searched as fast without an index."""
+_ROWS_A_SLOT_BITS = 4
+"""A slot has 8 to 15 rows when the networks are spread evenly, for its four bytes."""
 
 Section: TypeAlias = "array[int] | memoryview"
 """Numbers that are stored without objects."""
@@ -46,12 +51,19 @@ class SortedNetworks:
     """1 + the row of the narrowest network around this one; 0: none."""
     expiries: Section
     """Seconds since the Unix epoch, or NEVER."""
+    indexes: "dict[int, tuple[int, array[int]]]" = field(default_factory=dict, init=False, compare=False)
+    """Of each large table, by its first row: how many bits of a key to shift away for its slot, and for each slot 1 +
+    the first row in it or after it, or 0 until somebody asks (all at once would hold up checks). That saves most steps
+    of a binary search."""
 
     def match(self, key: int, start: int, end: int) -> list[tuple[int, int]]:
         """Return (bits of the prefix, expiry) of the networks from `start` to `end` that hold a key, longest first."""
         found: list[tuple[int, int]] = []
         keys = self.keys
-        row = bisect_right(keys, key, start, end)
+        if end - start < _INDEXED_ROWS:
+            row = bisect_right(keys, key, start, end)
+        else:
+            row = bisect_right(keys, key, *self._slot(key, start, end))
         if row == start:
             return found
         # From here on `row` is 1 + the number of the row, as in `parents`.
@@ -63,6 +75,21 @@ class SortedNetworks:
                 found.append((length, self.expiries[row]))
             row = parents[row]
         return found
+
+    def _slot(self, key: int, start: int, end: int) -> tuple[int, int]:
+        """Return from where to where the rows of a large table have the key's first bits."""
+        known = self.indexes.get(start)
+        if known is None:
+            slot_bits = (end - start).bit_length() - _ROWS_A_SLOT_BITS
+            known = self.indexes[start] = (self.bits - slot_bits, array("I", bytes(4 * ((1 << slot_bits) + 1))))
+        shift, rows = known
+        slot = key >> shift
+        first, last = rows[slot], rows[slot + 1]
+        if not first:
+            first = rows[slot] = bisect_left(self.keys, slot << shift, start, end) + 1
+        if not last:
+            last = rows[slot + 1] = bisect_left(self.keys, slot + 1 << shift, start, end) + 1
+        return first - 1, last - 1
 
     def find(self, key: int, length: int, start: int, end: int) -> int | None:
         """Return the expiry of exactly this network; None when it is not there."""

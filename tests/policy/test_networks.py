@@ -1,5 +1,6 @@
 """The match table is a linear scan, only faster, and never changes."""
 
+import random
 from array import array
 
 from hypothesis import given
@@ -148,6 +149,35 @@ def test_a_thousand_networks_around_each_other_are_all_found() -> None:
     assert [length for length, _ in table.match(parse_address("::"))] == list(range(128, -1, -1))
     assert [length for length, _ in table.match(parse_address("0.0.0.0"))] == list(range(32, -1, -1))
     assert [length for length, _ in table.match(parse_address("::1:0:0:1"))] == list(range(79, -1, -1))
+
+
+def test_a_large_table_is_searched_as_small_ones_are() -> None:
+    """Large ones have an index, which is filled by the look-ups."""
+    rng = random.Random(5)
+    items: dict[Network, int] = {}
+    kinds = (
+        (4, 0, 31, range(8, 33)),
+        (4, 0xC0 << 24, 16, range(12, 33)),
+        (6, 0, 63, range(32, 65)),
+        (6, 0x2001 << 112, 48, range(32, 65)),
+        (6, 0x2001 << 112, 32, range(65, 129)),
+    )
+    for version, first, varying, lengths in kinds:
+        bits = 32 if version == 4 else 128
+        for _ in range(5_000):
+            value, length = first | rng.getrandbits(varying) << bits - lengths[-1], rng.choice(lengths)
+            items[Network(version, value >> bits - length << bits - length, length)] = rng.randrange(9)
+    items |= {Network(version, 0, length): 7 for version in (4, 6) for length in (0, 1, 32)}
+    large = NetworkTable.build(items.items())
+    parts = [NetworkTable.build(list(items.items())[start : start + 1_000]) for start in range(0, len(items), 1_000)]
+    ends = [Address(4, 0), Address(4, (1 << 32) - 1), Address(6, 0), Address(6, (1 << 128) - 1)]
+    asked = [*ends, *(address for network in rng.sample(sorted(items), 2_000) for address in boundaries(network))]
+    matched = 0
+    for address in asked * 2:  # the second time, the index knows
+        found = large.match(address)
+        assert found == sorted((one for part in parts for one in part.match(address)), reverse=True)
+        matched += len(found) > 3
+    assert matched > 2_000
 
 
 def test_many_changes_grow_and_shrink_like_few() -> None:
