@@ -12,7 +12,7 @@ _LOOK_SECONDS = 0.02
 
 @contextlib.contextmanager
 def apart(measured: Iterable[int], others: Iterable[int], *, first: int) -> Iterator[None]:
-    """Keep processes on one core and others on another; `first`, one of the measured, runs as soon as it can.
+    """Keep processes on one core and others on another; `first`, one of them, runs as soon as it can.
 
     Processes are told by their ids. Who measures does not have as many cores as there are in a real system: what the
     others compute shall not be taken for what they cause. So a process that one of the measured starts meanwhile goes

@@ -1,11 +1,14 @@
 """The processes of a measurement: the server, and the load generators (real tools of Debian)."""
 
+import contextlib
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -97,27 +100,52 @@ class Server:
             self._process.wait()
 
 
-def run_h2load(server: Server, *options: str) -> str:
-    """Call Check with the common message, as the options say, and return h2load's report."""
+@contextlib.contextmanager
+def h2load(port: int, *options: str) -> Iterator["subprocess.Popen[str]"]:
+    """h2load that calls Check with the common message, as the options say; its report is its standard output."""
     with tempfile.NamedTemporaryFile() as body:
         body.write(b"\0" + len(COMMON).to_bytes(4, "big") + COMMON)
         body.flush()
         call = ("-d", body.name, "-H", "content-type: application/grpc", "-H", "te: trailers")
-        url = f"http://127.0.0.1:{server.port}{CHECK}"
-        command = [tool("h2load", "nghttp2-client"), *options, *call, url]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+        command = [tool("h2load", "nghttp2-client"), *options, *call, f"http://127.0.0.1:{port}{CHECK}"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.communicate()
 
 
-def read_calls(log: Path) -> tuple[list[tuple[str, int]], float]:
-    """Read h2load's log: of each call its HTTP status and microseconds; and the seconds from the first to the last."""
-    rows = [line.split("\t") for line in log.read_text().splitlines()]
-    starts = [int(start) for start, _, _ in rows]
-    return [(status, int(micros)) for _, status, micros in rows], (max(starts) - min(starts)) / 1e6 if rows else 0.0
+def run_h2load(server: Server, *options: str) -> str:
+    """Let h2load run as the options say, and return its report."""
+    with h2load(server.port, *options) as process:
+        report, _ = process.communicate(timeout=300)
+    if process.returncode:
+        raise RuntimeError(f"h2load failed: {' '.join(options)}\n{report}")
+    return report
+
+
+def closed_loop(in_flight: int) -> tuple[str, ...]:
+    """The options for h2load to have so many calls in flight all the time."""
+    connections = min(in_flight, CONNECTIONS)
+    return f"-c{connections}", f"-m{in_flight // connections}"
+
+
+def read_calls(log: Path, since: float = 0.0, until: float = math.inf) -> tuple[list[tuple[str, int]], float]:
+    """Read h2load's log: of each call its HTTP status and microseconds; and the seconds from the first to the last.
+
+    Only of the calls that began between two moments, in seconds since the Unix epoch.
+    """
+    lines = log.read_text().splitlines()
+    rows = [(int(start) / 1e6, status, int(micros)) for start, status, micros in map(str.split, lines)]
+    rows = [row for row in rows if since <= row[0] <= until]
+    starts = [start for start, _, _ in rows]
+    return [(status, micros) for _, status, micros in rows], max(starts) - min(starts) if rows else 0.0
 
 
 def calls_per_second(server: Server, calls: int) -> float:
     """Make so many calls, IN_FLIGHT at a time; require that each was answered."""
-    report = run_h2load(server, f"-n{calls}", f"-c{CONNECTIONS}", f"-m{IN_FLIGHT // CONNECTIONS}")
+    report = run_h2load(server, f"-n{calls}", *closed_loop(IN_FLIGHT))
     rate = re.search(r"finished in .*?, ([\d.]+) req/s", report)
     succeeded = re.search(r"(\d+) succeeded", report)
     if rate is None or succeeded is None or int(succeeded[1]) != calls:

@@ -2,25 +2,29 @@
 
     python -m loadtest.reload [load] [replacement] [changes] [start]
 
-By default all parts (some twenty minutes, 3 GB). A real Valkey holds the policy, a real server follows it, and one
-client asks without pause. Each figure under work stands beside the same client's figure just before, on the same
-server. In `load` and `replacement` the client asks a server that follows nothing, and answers every check alike, in
+By default all parts (some twenty-five minutes, 3 GB). A real Valkey holds the policy, a real server follows it, and
+clients ask without pause. Each figure under work stands beside the same client's figure just before, on the same
+server. In `load` and `replacement` one client asks a server that follows nothing, and answers every check alike, in
 turn with it: what that one's figures do is the machine's doing, which has two cores for all. In `changes` the server
-and the client have one of them, where the client runs as soon as it can (as root), and Valkey and the writers the
-other. Replacing more records than a server takes over one by one is what leads to a full load; as many as it takes is
-the part `replacement`.
+has one of them; h2load, Valkey and the writers have the other, where h2load runs as soon as it can (as root). It has as
+many checks in flight as in other measurements; then a single one, which notices most of what holds the server up.
+Replacing more records than a server takes over one by one is what leads to a full load; as many as it takes is the part
+`replacement`.
 """
 
 import asyncio
+import math
 import os
 import random
 import secrets
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 
@@ -33,7 +37,7 @@ from authz_server.store.redis_store import RedisStore
 from loadtest.cores import apart
 from loadtest.large_policy import BLOCKED, FEED, RUNS, ClosedLoop, LargePolicy, RealServer, Waits, entries, replace
 from loadtest.match_table import random_networks
-from loadtest.processes import Server
+from loadtest.processes import IN_FLIGHT, Server, closed_loop, h2load, read_calls
 
 PARTS = ("load", "replacement", "changes", "start")
 FEED_NETWORKS = 60_000
@@ -42,6 +46,8 @@ REPLACED_NETWORKS = 25_000
 QUIET_SECONDS = 10.0
 CHANGES, CHANGE_SECONDS = 60_000, 0.001
 _WRITERS = 4
+
+T = TypeVar("T")
 
 
 async def change_often(store: RedisStore) -> float:
@@ -104,28 +110,47 @@ class Measured:
             live = self.server.wait_for_revision(revision, ask_every_seconds=1.0)
             return Disturbed(ask(None), live)
 
-        self._often(ask, what, disturb)
+        self._often(lambda: ask(QUIET_SECONDS), what, disturb)
 
-    def changes(self) -> None:
-        """Change one entry after the other; Valkey and the writers have a core to themselves."""
+    def changes(self, in_flight: int) -> None:
+        """Change one entry after the other, while so many checks are in flight all the time."""
+
+        def quiet() -> Waits:
+            return self._flood(in_flight, QUIET_SECONDS, lambda: time.sleep(QUIET_SECONDS))[0]
 
         def disturb(_number: int) -> Disturbed:
-            rate = self.policy.ask(change_often)
+            busy, rate = self._flood(in_flight, CHANGES * CHANGE_SECONDS, lambda: self.policy.ask(change_often))
             revision = self.policy.ask(lambda store: store.position()).revision
             behind = self.server.wait_for_revision(revision, ask_every_seconds=0.02)
-            return Disturbed(ask(None), behind, f" {rate:.0f} a second,")
+            return Disturbed(busy, behind, f" {rate:.0f} a second,")
 
-        with (
-            ClosedLoop(self.server.port) as ask,
-            apart((self.server.pid, ask.pid), (self.policy.valkey.pid, os.getpid()), first=ask.pid),
-        ):
-            self._often(ask, "changes", disturb)
+        self._often(quiet, f"changes, {in_flight} in flight", disturb)
 
-    def _often(self, ask: ClosedLoop, what: str, disturb: Callable[[int], Disturbed]) -> None:
+    def _flood(self, in_flight: int, seconds: float, during: Callable[[], T]) -> tuple[Waits, T]:
+        """Do something that takes so long, and tell how long h2load waited for answers to what it asked meanwhile."""
+        refused = self.server.metric("authz_shed_total")
+        with tempfile.TemporaryDirectory() as folder:
+            log = Path(folder) / "log"
+            lasts = f"-D{math.ceil(seconds) + 3}"
+            with h2load(self.server.port, *closed_loop(in_flight), lasts, f"--log-file={log}") as client:
+                others = (self.policy.valkey.pid, os.getpid(), client.pid)
+                with apart((self.server.pid,), others, first=client.pid):
+                    time.sleep(1)
+                    since = time.time()
+                    done = during()
+                    until = time.time()
+                client.wait()
+            calls, _ = read_calls(log, since, until)
+        waits = sorted(micros / 1e3 for _, micros in calls)
+        median, p99 = waits[len(waits) // 2], waits[int(len(waits) * 0.99)]
+        refused = self.server.metric("authz_shed_total") - refused + sum(status != "200" for status, _ in calls)
+        return Waits(len(waits), int(refused), median, p99, waits[-1]), done
+
+    def _often(self, ask_quietly: Callable[[], Waits], what: str, disturb: Callable[[int], Disturbed]) -> None:
         """Compare with the quiet just before, RUNS times; `disturb` gets the number of the run."""
         ratios, longest, lives = [], [], []
         for number in range(RUNS):
-            quiet = ask(QUIET_SECONDS)
+            quiet = ask_quietly()
             disturbed = disturb(number)
             tell(
                 self.console,
@@ -175,7 +200,8 @@ def main(parts: Sequence[str]) -> None:
                 if "replacement" in parts:
                     measured.replacements(ask, "replacement", "tenant:tenant-1/block", REPLACED_NETWORKS)
             if "changes" in parts:
-                measured.changes()
+                for in_flight in (IN_FLIGHT, 1):
+                    measured.changes(in_flight)
         if "start" in parts:
             start_often(policy, file, console)
 

@@ -22,6 +22,7 @@ from authz_server.ext_authz.grpcio_transport import SERVICE
 
 pytestmark = [
     pytest.mark.integration,
+    pytest.mark.timeout(600),  # building takes a minute, and longer where others use the processors too
     pytest.mark.skipif(os.geteuid() != 0, reason="a read-only root file system and another user take root to set up"),
 ]
 
