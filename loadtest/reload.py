@@ -77,7 +77,8 @@ def tell(console: Console, what: str, quiet: Waits, busy: Waits) -> None:
             continue
         console.print(
             f"{who or what}: p99 {now.p99:.2f} ms, {now.p99 / before.p99:.2f} x {before.p99:.2f}; longest "
-            f"{now.longest:.1f} ms, before {before.longest:.1f}; {now.refused} of {now.count} refused"
+            f"{now.longest:.1f} ms, before {before.longest:.1f}; {now.refused} of {now.count:,} refused",
+            soft_wrap=True,
         )
 
 
