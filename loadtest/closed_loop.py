@@ -4,6 +4,7 @@ Of several servers it asks one after the other, so that whatever else the machin
 on its standard input it prints, for each server, how long it waited since the last line; it ends with that input.
 """
 
+import dataclasses
 import json
 import select
 import sys
@@ -12,7 +13,7 @@ from itertools import cycle
 
 import grpc
 
-from loadtest.processes import CHECK
+from loadtest.processes import CHECK, Waits
 from loadtest.served import build_requests
 
 REQUESTS = 2_000
@@ -36,13 +37,11 @@ class Asked:
             self._refused += 1
         self._waits.append((time.perf_counter() - began) * 1e3)
 
-    def report(self) -> dict[str, float]:
+    def report(self) -> Waits:
         """Return the figures since the last report."""
-        waits, refused = sorted(self._waits), self._refused
+        waits = Waits.of(self._waits, self._refused)
         self._waits, self._refused = [], 0
-        count = len(waits)
-        figures = {"median": waits[count // 2], "p99": waits[int(count * 0.99)], "longest": waits[-1]}
-        return {"count": count, "refused": refused, **figures}
+        return waits
 
 
 def main() -> None:
@@ -55,7 +54,7 @@ def main() -> None:
         if select.select([sys.stdin], [], [], 0)[0]:
             if not sys.stdin.readline():
                 return
-            print(json.dumps([server.report() for server in servers]), flush=True)
+            print(json.dumps([dataclasses.asdict(server.report()) for server in servers]), flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -29,6 +28,7 @@ from authz_server.store.interface import Replacement, Store
 from authz_server.store.keys import collection
 from authz_server.store.redis_store import RedisStore
 from loadtest.match_table import MIXES, random_networks
+from loadtest.processes import Waits
 
 NETWORKS, TENANTS, INSTANCES = 1_000_000, 100_000, 30
 BLOCKED, FEED = "global/block", "feed"
@@ -196,20 +196,6 @@ class RealServer:
     ) -> None:
         self._child.terminate()
         self._folder.cleanup()
-
-
-@dataclass(frozen=True, slots=True)
-class Waits:
-    """How long a client waited for answers, in milliseconds."""
-
-    count: int
-    refused: int
-    """Answered UNAVAILABLE, for they had waited too long already."""
-    median: float
-    p99: float
-    longest: float
-    reference: "Waits | None" = None
-    """For the server that was asked in turn with this one."""
 
 
 class ClosedLoop:

@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -100,6 +101,27 @@ class Server:
             self._process.wait()
 
 
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """How long a client waited for answers, in milliseconds."""
+
+    count: int
+    refused: int
+    """Answered UNAVAILABLE, for they had waited too long already."""
+    median: float
+    p99: float
+    longest: float
+    reference: "Waits | None" = None
+    """For the server that was asked in turn with this one."""
+
+    @classmethod
+    def of(cls, milliseconds: Iterable[float], refused: int) -> Self:
+        """Make the figures from single waits, at least one."""
+        ranked = sorted(milliseconds)
+        count = len(ranked)
+        return cls(count, refused, ranked[count // 2], ranked[int(count * 0.99)], ranked[-1])
+
+
 @contextlib.contextmanager
 def h2load(port: int, *options: str) -> Iterator["subprocess.Popen[str]"]:
     """h2load that calls Check with the common message, as the options say; its report is its standard output."""
@@ -108,12 +130,11 @@ def h2load(port: int, *options: str) -> Iterator["subprocess.Popen[str]"]:
         body.flush()
         call = ("-d", body.name, "-H", "content-type: application/grpc", "-H", "te: trailers")
         command = [tool("h2load", "nghttp2-client"), *options, *call, f"http://127.0.0.1:{port}{CHECK}"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.communicate()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
 
 
 def run_h2load(server: Server, *options: str) -> str:

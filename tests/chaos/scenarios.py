@@ -47,6 +47,8 @@ from chaos.fleet import (
 from chaos.model import Subject
 
 PODS = ("pod-a", "pod-b")
+CUTS = ("cut_requests", "cut_replies")
+"""What a CuttingProxy counts."""
 
 
 @dataclass(frozen=True)
@@ -231,11 +233,9 @@ async def cut(play: Play) -> None:
             fleet = await stack.enter_async_context(play.fleet(RedisAddress(writers), environs))
             for _ in range(play.scale.rounds):
                 _cut_all(proxies, cutting=True)
-                began = time.monotonic()
+                least, most = (time.monotonic() + seconds for seconds in (play.scale.seconds, HEAL_SECONDS))
                 # A slow machine writes too little in a second for every kind of cut to happen on every way.
-                while (took := time.monotonic() - began) < play.scale.seconds or (
-                    took < HEAL_SECONDS and not all(proxy.cut_requests and proxy.cut_replies for proxy in proxies)
-                ):
+                while (now := time.monotonic()) < least or (now < most and _uncut(proxies)):
                     for subject in (ADDRESSES[1], TENANTS[0]):
                         await fleet.write(subject, toggled(fleet, subject))
                 _cut_all(proxies, cutting=False)
@@ -246,8 +246,13 @@ async def cut(play: Play) -> None:
                 await fleet.reload()
                 _cut_all(proxies, cutting=False)
                 await fleet.heal()
-            for kind in ("cut_requests", "cut_replies"):
-                play.must(all(getattr(proxy, kind) for proxy in proxies), f"{kind} on each way")
+            for kind in CUTS:
+                play.must(kind not in _uncut(proxies), f"{kind} on each way")
+
+
+def _uncut(proxies: list[CuttingProxy]) -> list[str]:
+    """The kinds of cuts that have not happened on each way yet."""
+    return [kind for kind in CUTS if not all(getattr(proxy, kind) for proxy in proxies)]
 
 
 def _cut_all(proxies: list[CuttingProxy], *, cutting: bool) -> None:
