@@ -23,7 +23,7 @@ from rich.table import Table
 from authz_server.decision_log import DecisionLog, LogOptions
 from authz_server.ext_authz._generated import ext_authz_pb2
 from authz_server.ext_authz.asyncio_transport import SLICE
-from authz_server.ext_authz.check_request import read_check_request
+from authz_server.ext_authz.check_request import CheckRequestReader
 from authz_server.ext_authz.check_response import ResponseOptions, ResponseWriter
 from authz_server.ext_authz.checker import Checker
 from authz_server.metrics import Metrics
@@ -154,15 +154,15 @@ def main() -> None:
             ("as in the server", Observer(Metrics(), DecisionLog(LogOptions(), lambda _lines: None))),
         )
     }
-    tenant_headers = frozenset({"x-tenant-id"})
-    attributes = [read_check_request(data, tenant_headers) for data in requests]
+    reader = CheckRequestReader({"x-tenant-id"})
+    attributes = [reader.read(data) for data in requests]
     decisions = [decide(one, snapshot, NOW) for one in attributes]
     slices = [requests[start : start + SLICE] for start in range(0, REQUESTS, SLICE)]
     answers = [writer.write(decision, request_id="", revision=1) for decision in decisions]
 
     phases: dict[str, tuple[Callable[..., object], Callable[[], Iterable[tuple[Any, ...]]]]] = {
         "reference: upb alone": (naive_answer(), lambda: zip(requests)),
-        "decode": (lambda data: read_check_request(data, tenant_headers), lambda: zip(requests)),
+        "decode": (reader.read, lambda: zip(requests)),
         "decide": (lambda one: decide(one, snapshot, NOW), lambda: zip(attributes)),
         "encode": (
             lambda decision, one: writer.write(decision, request_id=one.request_id, revision=1),

@@ -13,40 +13,54 @@ from functools import lru_cache
 from http import HTTPStatus
 from itertools import product
 from types import MappingProxyType
-from typing import NamedTuple, Self
+from typing import Final, NamedTuple, Self
 
 from authz_server.policy.access import ListMatch
+from authz_server.policy.addresses import address_text
 from authz_server.policy.affinity import Affinity
 from authz_server.policy.decision import Allowed, Decision, Denied
 from authz_server.policy.identifiers import MAX_IDENTIFIER_LENGTH
 from authz_server.policy.reasons import Reason
 
 # Tags of fields that have a length (number << 3 | 2), named after protos/authz_server/ext_authz.proto.
-_DENIED_RESPONSE, _OK_RESPONSE, _DYNAMIC_METADATA = b"\x12", b"\x1a", b"\x22"  # CheckResponse 2, 3, 4
-_HEADERS, _HEADERS_TO_REMOVE = b"\x12", b"\x2a"  # OkHttpResponse 2, 5; DeniedHttpResponse 2
-_HTTP_STATUS, _BODY = b"\x0a", b"\x1a"  # DeniedHttpResponse 1, 3
-_HEADER, _HEADER_VALUE = b"\x0a", b"\x12"  # HeaderValueOption 1; HeaderValue 2
-_KEY = b"\x0a"  # HeaderValue 1, and the key of a map's entry
-_MAP_ENTRY, _VALUE = b"\x0a", b"\x12"  # google.protobuf.Struct 1, and the value of a map's entry
-_STRING_VALUE, _LIST_VALUE, _LIST_ITEM = b"\x1a", b"\x32", b"\x0a"  # google.protobuf.Value 3, 6; ListValue 1
-_NUMBER_VALUE = b"\x11"  # google.protobuf.Value 2: eight bytes, without a length (number << 3 | 1)
-_STATUS_CODE = b"\x08"  # HttpStatus 1: a number (number << 3)
+_DENIED_RESPONSE: Final = b"\x12"  # CheckResponse 2
+_OK_RESPONSE: Final = b"\x1a"  # CheckResponse 3
+_DYNAMIC_METADATA: Final = b"\x22"  # CheckResponse 4
+_HEADERS: Final = b"\x12"  # OkHttpResponse 2, DeniedHttpResponse 2
+_HEADERS_TO_REMOVE: Final = b"\x2a"  # OkHttpResponse 5
+_HTTP_STATUS: Final = b"\x0a"  # DeniedHttpResponse 1
+_BODY: Final = b"\x1a"  # DeniedHttpResponse 3
+_HEADER: Final = b"\x0a"  # HeaderValueOption 1
+_HEADER_VALUE: Final = b"\x12"  # HeaderValue 2
+_KEY: Final = b"\x0a"  # HeaderValue 1, and the key of a map's entry
+_MAP_ENTRY: Final = b"\x0a"  # google.protobuf.Struct 1
+_VALUE: Final = b"\x12"  # the value of a map's entry
+_STRING_VALUE: Final = b"\x1a"  # google.protobuf.Value 3
+_LIST_VALUE: Final = b"\x32"  # google.protobuf.Value 6
+_LIST_ITEM: Final = b"\x0a"  # google.protobuf.ListValue 1
+_NUMBER_VALUE: Final = b"\x11"  # google.protobuf.Value 2: eight bytes, without a length (number << 3 | 1)
+_STATUS_CODE: Final = b"\x08"  # HttpStatus 1: a number (number << 3)
 # Small fields as a whole.
-_OVERWRITE = b"\x18\x02"  # HeaderValueOption 3: OVERWRITE_IF_EXISTS_OR_ADD
-_STATUS_OK = b"\x0a\x00"  # CheckResponse 1, an empty Status: code 0
-_STATUS_DENIED = b"\x0a\x02\x08\x07"  # google.rpc.Code.PERMISSION_DENIED; any code but 0 makes Envoy deny
+_OVERWRITE: Final = b"\x18\x02"  # HeaderValueOption 3: OVERWRITE_IF_EXISTS_OR_ADD
+_STATUS_OK: Final = b"\x0a\x00"  # CheckResponse 1, an empty Status: code 0
+_STATUS_DENIED: Final = b"\x0a\x02\x08\x07"  # google.rpc.Code.PERMISSION_DENIED; any code but 0 makes Envoy deny
 
-_TRY_AGAIN_REASONS = (Reason.TENANT_HELD, Reason.UNREADABLE_PIN, Reason.UNKNOWN_INSTANCE, Reason.NO_ACTIVE_INSTANCE)
+_TRY_AGAIN_REASONS: Final = (
+    Reason.TENANT_HELD,
+    Reason.UNREADABLE_PIN,
+    Reason.UNKNOWN_INSTANCE,
+    Reason.NO_ACTIVE_INSTANCE,
+)
 """The denials that say nothing against the client: the same request may pass in a moment."""
 DEFAULT_DENIED_STATUS: Mapping[Reason, int] = MappingProxyType(
     dict.fromkeys(Reason, HTTPStatus.FORBIDDEN) | dict.fromkeys(_TRY_AGAIN_REASONS, HTTPStatus.SERVICE_UNAVAILABLE)
 )
 """The HTTP status that a client gets for each reason."""
 
-_UNKNOWN_TO_ENVOY = (418, 425, 451)
+_UNKNOWN_TO_ENVOY: Final = (418, 425, 451)
 """Statuses of errors that HTTP has and the enumeration envoy.type.v3.StatusCode does not."""
-_HEADER_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+){0,4}", re.ASCII)
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
+_HEADER_NAME: Final = re.compile(r"[a-z0-9]+(-[a-z0-9]+){0,4}", re.ASCII)
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +137,8 @@ class ResponseWriter:
             instance, affinity, None if tenant is None else len(name)
         )
         first_facts = self._first_facts(revision, reason, True)
-        client_fact = _after_head(_CLIENT_ADDRESS_HEADS, str(address))
+        version, value = address
+        client_fact = _after_head(_CLIENT_ADDRESS_HEADS, address_text(version, value))
         last_facts = b"" if reason is _ALLOWED and not shadow_denials else _facts_of_scopes(decision)
         about = _length(len(first_facts) + len(client_fact) + routing_bytes + len(last_facts))
         # Joined at once: each of these pieces put to the others by itself would copy them all again.
@@ -134,7 +149,8 @@ class ResponseWriter:
     def _write_denial(self, decision: Denied, request_id: str, revision: int) -> bytes:
         facts = [self._first_facts(revision, decision.reason, False)]
         if decision.client_address is not None:
-            facts.append(_after_head(_CLIENT_ADDRESS_HEADS, str(decision.client_address)))
+            version, value = decision.client_address
+            facts.append(_after_head(_CLIENT_ADDRESS_HEADS, address_text(version, value)))
         if decision.tenant is not None:
             facts.append(_after_head(_TENANT_HEADS, decision.tenant))
         facts.append(_facts_of_scopes(decision))
@@ -308,16 +324,16 @@ def _varint(number: int) -> bytes:
     return bytes(encoded)
 
 
-_USUAL_LENGTHS = 1024
-_LENGTHS = tuple(_varint(size) for size in range(_USUAL_LENGTHS))
-_KEYS = {
+_USUAL_LENGTHS: Final = 1024
+_LENGTHS: Final = tuple(_varint(size) for size in range(_USUAL_LENGTHS))
+_KEYS: Final = {
     name: _text(_KEY, name)
     for name in (
         *("revision", "reason", "outcome", "client_address", "tenant", "instance", "affinity"),
         *("scope", "list", "entry", "shadow"),
     )
 }
-_MAX_ADDRESS_LENGTH = 39  # eight groups of IPv6
-_CLIENT_ADDRESS_HEADS = _heads("client_address", _MAX_ADDRESS_LENGTH)
-_TENANT_HEADS = _heads("tenant", MAX_IDENTIFIER_LENGTH)
-_ALLOWED = Reason.ALLOWED
+_MAX_ADDRESS_LENGTH: Final = 39  # eight groups of IPv6
+_CLIENT_ADDRESS_HEADS: Final = _heads("client_address", _MAX_ADDRESS_LENGTH)
+_TENANT_HEADS: Final = _heads("tenant", MAX_IDENTIFIER_LENGTH)
+_ALLOWED: Final = Reason.ALLOWED

@@ -8,9 +8,9 @@ raise would walk through every mesh that fails open.
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, cast
+from typing import Final, NamedTuple, cast
 
-from authz_server.ext_authz.check_request import BadCheckRequestError, read_check_request
+from authz_server.ext_authz.check_request import BadCheckRequestError, CheckRequestReader
 from authz_server.ext_authz.check_response import ResponseOptions, ResponseWriter
 from authz_server.policy.attributes import RequestAttributes
 from authz_server.policy.decision import Decision, Denied, decide
@@ -18,10 +18,10 @@ from authz_server.policy.reasons import Reason
 from authz_server.policy.snapshot import DecisionOptions, Snapshot
 from authz_server.policy.tenant import SourceKind
 
-_log = logging.getLogger(__name__)
-NO_SNAPSHOT = "there is no policy snapshot, or it is too old"
+_log: Final = logging.getLogger(__name__)
+NO_SNAPSHOT: Final = "there is no policy snapshot, or it is too old"
 """What clients are told that cannot have a decision."""
-_INTERNAL_ERROR = Denied(Reason.INTERNAL_ERROR)
+_INTERNAL_ERROR: Final = Denied(Reason.INTERNAL_ERROR)
 
 
 class CannotDecideError(Exception):
@@ -122,9 +122,8 @@ class Checker:
         self._observe_unavailable = observe_unavailable
         self._clock = clock
         self._options: DecisionOptions | None = None
-        """What the two below were made from: the same object in one snapshot after the other."""
-        self._read_headers = kept_headers
-        self._reads_peer = False
+        """What the reader was made for: the same object in one snapshot after the other."""
+        self._reader = CheckRequestReader(kept_headers, with_peer=False)
         # Written beforehand, so that nothing of a request can make this answer fail too.
         self._internal_error_answer = self._writer.write(_INTERNAL_ERROR, request_id="", revision=0)
         self._observer_failed = False
@@ -174,21 +173,19 @@ class Checker:
 
     def _take_options(self, options: DecisionOptions) -> None:
         self._options = options
-        self._reads_peer = options.needs_peer
-        self._read_headers = self._kept_headers | {
-            source.name for source in options.tenant_sources if source.kind is SourceKind.HEADER
-        }
+        naming = {source.name for source in options.tenant_sources if source.kind is SourceKind.HEADER}
+        self._reader = CheckRequestReader(self._kept_headers | naming, with_peer=options.needs_peer)
 
     def _read(self, messages: Iterable[bytes], checks: Checks) -> None:
         """Read what is asked, and decide about what cannot be read."""
-        headers, with_peer, longest = self._read_headers, self._reads_peer, self._max_request_bytes
+        reader, longest = self._reader, self._max_request_bytes
         asked, decisions = checks.asked, checks.decisions
         for number, data in enumerate(messages):
             try:
                 if len(data) > longest:
                     decisions[number] = Denied(Reason.REQUEST_TOO_LARGE)
                 else:
-                    asked[number] = read_check_request(data, headers, with_peer=with_peer)
+                    asked[number] = reader.read(data)
             except BadCheckRequestError:
                 decisions[number] = Denied(Reason.BAD_REQUEST)
             except Exception as error:  # noqa: BLE001  (a fault that a request can provoke must deny it)
@@ -206,16 +203,16 @@ class Checker:
 
     def _write(self, checks: Checks) -> list[bytes | None]:
         """Return the answers; None where there is no decision."""
-        write, asked, revision = self._writer.write, checks.asked, checks.revision
+        writer, asked, revision = self._writer, checks.asked, checks.revision
         answers: list[bytes | None] = []
         for number, decision in enumerate(checks.decisions):
             answer: bytes | None = None
             attributes = asked[number]
             try:
                 if attributes is not None and decision is not None:
-                    answer = write(decision, request_id=attributes.request_id, revision=revision)
+                    answer = writer.write(decision, request_id=attributes.request_id, revision=revision)
                 elif decision is not None:
-                    answer = write(decision, request_id="", revision=0)
+                    answer = writer.write(decision, request_id="", revision=0)
             except Exception as error:  # noqa: BLE001  (as above)
                 answer = self._internal_error_answer
                 checks.deny(number, error)

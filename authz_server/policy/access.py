@@ -8,16 +8,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from string import ascii_lowercase, ascii_uppercase
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from authz_server.policy.addresses import MAX_PREFIX_LENGTH, Address, Network
 from authz_server.policy.networks import NEVER, UNREADABLE, NetworkTable
 from authz_server.policy.paths import PathPattern
 from authz_server.policy.reasons import Reason
 
-GLOBAL_SCOPE = "global"
-_TENANT_SCOPE = "tenant:"
-_ASCII_LOWER = str.maketrans(ascii_uppercase, ascii_lowercase)
+GLOBAL_SCOPE: Final = "global"
+_TENANT_SCOPE: Final = "tenant:"
+_ASCII_LOWER: Final = str.maketrans(ascii_uppercase, ascii_lowercase)
 
 
 class Mode(StrEnum):
@@ -66,8 +66,11 @@ class Entry:
 
 
 # Every check asks for these, and Python 3.11 is slow to find them in their classes.
-_ALLOW, _BLOCK = Side.ALLOW, Side.BLOCK
-_ALLOWED, _ALLOWLISTED, _BLOCKED = Reason.ALLOWED, Reason.ALLOWLISTED, Reason.BLOCKED
+_ALLOW: Final = Side.ALLOW
+_BLOCK: Final = Side.BLOCK
+_ALLOWED: Final = Reason.ALLOWED
+_ALLOWLISTED: Final = Reason.ALLOWLISTED
+_BLOCKED: Final = Reason.BLOCKED
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,10 @@ same client. Nothing is ever repaired: text that is not exactly one address is r
 
 from collections.abc import Iterable
 from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
-MAX_PREFIX_LENGTH = {4: 32, 6: 128}
+MAX_PREFIX_LENGTH: Final = {4: 32, 6: 128}
+_OCTETS: Final = tuple(str(octet) for octet in range(256))
 
 
 class InvalidAddressError(ValueError):
@@ -27,7 +28,7 @@ class Address(NamedTuple):
     """The address as an unsigned integer of 32 or 128 bits."""
 
     def __str__(self) -> str:
-        return _text(*self)
+        return address_text(*self)
 
 
 class Network(NamedTuple):
@@ -45,7 +46,7 @@ class Network(NamedTuple):
         return address.version == self.version and (address.value ^ self.first) >> shift == 0
 
     def __str__(self) -> str:
-        return f"{_text(self.version, self.first)}/{self.prefix_length}"
+        return f"{address_text(self.version, self.first)}/{self.prefix_length}"
 
 
 def parse_address(text: str) -> Address:
@@ -60,7 +61,8 @@ def parse_address(text: str) -> Address:
     try:
         if ":" not in text:
             # In half the time that the constructor takes, which is a function in Python.
-            return tuple.__new__(Address, (4, int.from_bytes(inet_pton(AF_INET, text), "big")))
+            octets = inet_pton(AF_INET, text)
+            return tuple.__new__(Address, (4, octets[0] << 24 | octets[1] << 16 | octets[2] << 8 | octets[3]))
         value = int.from_bytes(inet_pton(AF_INET6, text), "big")
     except (OSError, ValueError):  # ValueError: a NUL or a non-ASCII character
         raise InvalidAddressError(f"{text!r} is not one IPv4 or IPv6 address") from None
@@ -110,9 +112,11 @@ def parse_network(text: str) -> Network:
     return Network(address.version, first, length)
 
 
-def _text(version: int, value: int) -> str:
+def address_text(version: int, value: int) -> str:
+    """Return what `str` of an address returns, to whoever cannot afford to have its class looked up."""
     if version == 4:
-        return inet_ntop(AF_INET, value.to_bytes(4, "big"))
+        first, second, third, fourth = value >> 24, value >> 16 & 255, value >> 8 & 255, value & 255
+        return f"{_OCTETS[first]}.{_OCTETS[second]}.{_OCTETS[third]}.{_OCTETS[fourth]}"
     return inet_ntop(AF_INET6, value.to_bytes(16, "big"))
 
 

@@ -4,7 +4,7 @@ A pure function of the request, the snapshot and the time. What a request causes
 has no way to say "I cannot decide", because not being able to is a matter of our state, not of a request.
 """
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from authz_server.policy.access import (
     Enforcement,
@@ -21,7 +21,7 @@ from authz_server.policy.reasons import Reason
 from authz_server.policy.snapshot import MissingClientAddress, MissingTenant, Snapshot, UnknownTenant
 from authz_server.policy.tenant import name_tenant
 
-MAX_QUERY_LENGTH = 16384
+MAX_QUERY_LENGTH: Final = 16384
 """Characters of a query; longer ones are refused. Common backends refuse request lines beyond 8 KiB anyway."""
 
 
@@ -67,9 +67,11 @@ class Denied(NamedTuple):
 
 Decision = Allowed | Denied
 
-_ALLOWED, _SHADOW, _PINNED = Reason.ALLOWED, Enforcement.SHADOW, Affinity.PINNED
-_DENYING = (Reason.BLOCKED, Reason.NOT_ALLOWLISTED)
-_WEIGHTS = {reason: weight for weight, reason in enumerate((_ALLOWED, Reason.ALLOWLISTED, *reversed(_DENYING)))}
+_ALLOWED: Final = Reason.ALLOWED
+_SHADOW: Final = Enforcement.SHADOW
+_PINNED: Final = Affinity.PINNED
+_DENYING: Final = (Reason.BLOCKED, Reason.NOT_ALLOWLISTED)
+_WEIGHTS: Final = {reason: weight for weight, reason in enumerate((_ALLOWED, Reason.ALLOWLISTED, *reversed(_DENYING)))}
 """Of all that enforced scopes say, the weightiest is what they say together."""
 
 

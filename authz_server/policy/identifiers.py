@@ -1,10 +1,11 @@
 """The one pattern for names that travel in headers, keys and patterns: tenants, instances, lists, resources."""
 
 import re
+from typing import Final
 
-MAX_IDENTIFIER_LENGTH = 63
+MAX_IDENTIFIER_LENGTH: Final = 63
 
-_IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
+_IDENTIFIER: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
 
 
 def is_identifier(text: str) -> bool:

@@ -12,25 +12,25 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Self, TypeAlias
+from typing import Final, Self, TypeAlias
 
 from authz_server.policy.addresses import MAX_PREFIX_LENGTH, Address, Network
 from authz_server.policy.sharded import Sharded, ShardedDraft
 
-NEVER = 1 << 48
+NEVER: Final = 1 << 48
 """The expiry of what does not expire: later than any second that calendars name, so comparing is enough."""
-UNREADABLE = 0
+UNREADABLE: Final = 0
 """In the place of an expiry: the network is there, and nobody can read what is said of it. As an expiry it is long
 over, so that it allows nothing; that it blocks all the same is `access.judge`'s work."""
-_REMOVED = -1
+_REMOVED: Final = -1
 """In a table's changes: the columns have the network, the table has not."""
 
-_LENGTH_BITS = 8
-_KEY_BITS = 64
-_LOW_KEY = (1 << _KEY_BITS) - 1
-_INDEXED_ROWS = 4096
+_LENGTH_BITS: Final = 8
+_KEY_BITS: Final = 64
+_LOW_KEY: Final = (1 << _KEY_BITS) - 1
+_INDEXED_ROWS: Final = 4096
 """A table of fewer is searched as fast without an index."""
-_ROWS_A_SLOT_BITS = 4
+_ROWS_A_SLOT_BITS: Final = 4
 """A slot has 8 to 15 rows when the networks are spread evenly, for its four bytes."""
 
 Section: TypeAlias = "array[int] | memoryview"
@@ -60,10 +60,8 @@ class SortedNetworks:
         """Return (bits of the prefix, expiry) of the networks from `start` to `end` that hold a key, longest first."""
         found: list[tuple[int, int]] = []
         keys = self.keys
-        if end - start < _INDEXED_ROWS:
-            row = bisect_right(keys, key, start, end)
-        else:
-            row = bisect_right(keys, key, *self._slot(key, start, end))
+        first, last = (start, end) if end - start < _INDEXED_ROWS else self._slot(key, start, end)
+        row = bisect_right(keys, key, first, last)
         if row == start:
             return found
         # From here on `row` is 1 + the number of the row, as in `parents`.
@@ -132,7 +130,7 @@ class Columns:
         return cls(v4, v6, v6_long, *sections[4 * len(_FAMILIES) :])
 
 
-_LONG = 2
+_LONG: Final = 2
 """The number of v6_long among the families."""
 _Numbers: TypeAlias = tuple[list[int], list[int], list[int]]
 """Of each family."""
@@ -488,7 +486,7 @@ def _number(network: Network) -> tuple[int, int]:
     return _LONG, network.first << _LENGTH_BITS | network.prefix_length - _KEY_BITS
 
 
-_FAMILIES = ((32, "IBIQ"), (64, "QBIQ"), (64, "QBIQ"))
-TYPE_CODES = "".join(codes for _, codes in _FAMILIES) + "QI"
+_FAMILIES: Final = ((32, "IBIQ"), (64, "QBIQ"), (64, "QBIQ"))
+TYPE_CODES: Final = "".join(codes for _, codes in _FAMILIES) + "QI"
 """Of `Columns.sections`, as the modules array and struct name them."""
-_NO_COLUMNS = ColumnsDraft().columns()
+_NO_COLUMNS: Final = ColumnsDraft().columns()

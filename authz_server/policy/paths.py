@@ -11,25 +11,27 @@ import re
 from collections.abc import Collection, Container
 from dataclasses import dataclass, field
 from posixpath import normpath
+from typing import Final
 from urllib.parse import unquote_to_bytes
 
 Segments = tuple[str, ...]
 """A path pattern cut at its slashes, without what stands before the first one."""
 
-MAX_PATH_LENGTH = 8192
+MAX_PATH_LENGTH: Final = 8192
 """Characters of a path without its query; longer ones are refused, as common backends do by default."""
-MAX_ODD_PATH_LENGTH = 2048
+MAX_ODD_PATH_LENGTH: Final = 2048
 """The same for a path that can be read in more than one way: its readings, up to some two hundred, cost time."""
-MAX_TWICE_ESCAPED_PATH_LENGTH = 512
+MAX_TWICE_ESCAPED_PATH_LENGTH: Final = 512
 """The same for a path with an escaped `%`: it has up to three times as many. Slow answers are a way past the policy
 too, where Envoy fails open, so no path may take more than some milliseconds."""
 
-_ESCAPED_PERCENT = "%25"
-_ENCODED_SLASH = re.compile(r"%2f", re.IGNORECASE)
-_END = re.compile(r"[?#\0]")
+_ESCAPED_PERCENT: Final = "%25"
+_ENCODED_SLASH: Final = re.compile(r"%2f", re.IGNORECASE)
+_END: Final = re.compile(r"[?#\0]")
 """Where a backend that has decoded may take the path to end: at a query, a fragment, or the end of a C string."""
-_PARAMETERS = re.compile(r";[^/]*")
-_EMPTY, _NUL = chr(0xD800), chr(0xD801)
+_PARAMETERS: Final = re.compile(r";[^/]*")
+_EMPTY: Final = chr(0xD800)
+_NUL: Final = chr(0xD801)
 """Stand in for empty segments and NULs; decoding never yields these two. (mypyc has no such characters in literals.)"""
 
 

@@ -6,6 +6,8 @@ from enum import StrEnum
 class Reason(StrEnum):
     """The reason of a decision. Values are an interface: dashboards and alerts are built on them."""
 
+    __hash__ = str.__hash__  # what every check looks up; that of enumerations is a function in Python
+
     ALLOWED = "allowed"
     """Nothing that applies speaks against the request."""
     ALLOWLISTED = "allowlisted"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
+from typing import Final
 from urllib.parse import unquote_plus, unquote_to_bytes
 
 from authz_server.policy.access import normalize_host
@@ -17,19 +18,19 @@ from authz_server.policy.identifiers import is_identifier
 from authz_server.policy.paths import RequestPath, fold_text, parse_path_pattern
 from authz_server.policy.reasons import Reason
 
-_PLACEHOLDER = "{tenant}"
-_HEADER_NAME = re.compile(r"[a-z0-9][a-z0-9-]*", re.ASCII)
-_MAX_HEADER_LENGTH = 1024
+_PLACEHOLDER: Final = "{tenant}"
+_HEADER_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]*", re.ASCII)
+_MAX_HEADER_LENGTH: Final = 1024
 """Characters of a header that names a tenant, a few times over at most; longer ones are not taken apart."""
-_LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
-_NOT_IN_QUERY_NAMES = re.compile(r"[\s&;=#?+%\0]")
-_AMPERSAND = re.compile("&")
-_QUERY_SEPARATOR = re.compile("[&;]")
-_ENCODED_SEPARATOR = re.compile(r"%(?:26|3b|3d)", re.IGNORECASE)
-_TELLING_ESCAPE = re.compile(r"%(?:25|3[0-9f]|[4-7][0-9a-f]|[89a-f])", re.IGNORECASE)
+_LABEL: Final = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
+_NOT_IN_QUERY_NAMES: Final = re.compile(r"[\s&;=#?+%\0]")
+_AMPERSAND: Final = re.compile("&")
+_QUERY_SEPARATOR: Final = re.compile("[&;]")
+_ENCODED_SEPARATOR: Final = re.compile(r"%(?:26|3b|3d)", re.IGNORECASE)
+_TELLING_ESCAPE: Final = re.compile(r"%(?:25|3[0-9f]|[4-7][0-9a-f]|[89a-f])", re.IGNORECASE)
 """Escapes of `%`, `?`, digits, letters, and what is not ASCII: without them, decoding makes no name and no query that
 was not there, nor an escape that a second decoding would find."""
-_PLAIN_RUN = re.compile(r"[a-z0-9]*")
+_PLAIN_RUN: Final = re.compile(r"[a-z0-9]*")
 
 
 class SourceKind(StrEnum):

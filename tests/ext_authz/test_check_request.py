@@ -3,15 +3,18 @@
 from datetime import UTC, datetime
 
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.envoy_api import auth, core, protobuf
 
-from authz_server.ext_authz.check_request import BadCheckRequestError, read_check_request
+from authz_server.ext_authz._generated import ext_authz_pb2
+from authz_server.ext_authz.check_request import BadCheckRequestError, CheckRequestReader
 from authz_server.policy.addresses import InvalidAddressError, parse_address
 from authz_server.policy.attributes import RequestAttributes
 
 TENANT_HEADERS = frozenset({"x-tenant-id", "x-account"})
+READER = CheckRequestReader(TENANT_HEADERS)
 WANTED = ("x-envoy-external-address", "x-request-id", "x-tenant-id", "x-account")
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
@@ -139,7 +142,7 @@ def test_reads_what_envoys_own_messages_encode(
             **unread,
         )
     )
-    assert read_check_request(bytes(message), TENANT_HEADERS) == RequestAttributes(
+    assert READER.read(bytes(message)) == RequestAttributes(
         method=method,
         host=host,
         path=path,
@@ -153,14 +156,14 @@ def test_reads_what_envoys_own_messages_encode(
 def test_keeps_no_header_that_the_decision_does_not_need() -> None:
     secret = {"cookie": "session=1", "authorization": "Bearer t", "x-forwarded-for": "192.0.2.1"}
     data = check_request(http_request(headers={**secret, "x-tenant-id": "acme"}))
-    attributes = read_check_request(data, TENANT_HEADERS)
+    attributes = READER.read(data)
     assert attributes.headers == {"x-tenant-id": "acme"}
     assert not any(value in repr(attributes) for value in secret.values())
 
 
 def test_an_absent_external_address_is_none_and_an_empty_one_is_not() -> None:
-    absent = read_check_request(check_request(http_request()), TENANT_HEADERS)
-    empty = read_check_request(check_request(http_request(headers={"x-envoy-external-address": ""})), TENANT_HEADERS)
+    absent = READER.read(check_request(http_request()))
+    empty = READER.read(check_request(http_request(headers={"x-envoy-external-address": ""})))
     assert (absent.external_address, empty.external_address) == (None, "")
 
 
@@ -180,7 +183,7 @@ def test_an_absent_external_address_is_none_and_an_empty_one_is_not() -> None:
 def test_a_raw_address_that_is_not_exactly_one_stays_invalid(raw_values: list[bytes]) -> None:
     headers = [core.HeaderValue(key="x-envoy-external-address", raw_value=raw) for raw in raw_values]
     data = check_request(http_request(header_map=core.HeaderMap(headers=headers)))
-    external_address = read_check_request(data, TENANT_HEADERS).external_address
+    external_address = READER.read(data).external_address
     assert external_address is not None
     with pytest.raises(InvalidAddressError):
         parse_address(external_address)
@@ -196,7 +199,8 @@ def test_a_raw_address_that_is_not_exactly_one_stays_invalid(raw_values: list[by
         pytest.param(check_request(http_request())[:-1], id="cut short"),
         pytest.param(check_request(http_request(path="/PATH")).replace(b"/PATH", b"/P\xffTH"), id="path not UTF-8"),
         pytest.param(
-            check_request(http_request(headers={"x-a": "VALUE"})).replace(b"VALUE", b"V\xffLUE"), id="header not UTF-8"
+            check_request(http_request(headers={"x-account": "VALUE"})).replace(b"VALUE", b"V\xffLUE"),
+            id="header not UTF-8",
         ),
         pytest.param(b"\x0a\x80\x80\x80\x80\x08", id="length beyond the end"),
         pytest.param(b"\x1b" * 100_000, id="groups nested too deep"),
@@ -204,19 +208,105 @@ def test_a_raw_address_that_is_not_exactly_one_stays_invalid(raw_values: list[by
 )
 def test_refuses_what_is_no_check_about_an_http_request(data: bytes) -> None:
     with pytest.raises(BadCheckRequestError):
-        read_check_request(data, TENANT_HEADERS)
+        READER.read(data)
+
+
+def test_what_is_stepped_over_need_not_be_utf_8() -> None:
+    data = check_request(http_request(headers={"x-a": "VALUE", "x-account": "acme"})).replace(b"VALUE", b"V\xffLUE")
+    assert READER.read(data).headers == {"x-account": "acme"}
+
+
+def decoded(data: bytes) -> RequestAttributes:
+    """What the protobuf runtime reads of a check request; raises DecodeError."""
+    message = ext_authz_pb2.CheckRequest.FromString(data)
+    http = message.attributes.request.http
+    headers = http.headers
+    return RequestAttributes(
+        method=http.method,
+        host=http.host,
+        path=http.path,
+        peer_address=message.attributes.source.address.socket_address.address or None,
+        external_address=headers.get("x-envoy-external-address"),
+        headers={name: headers[name] for name in TENANT_HEADERS if name in headers},
+        request_id=headers.get("x-request-id", ""),
+    )
+
+
+def varint(number: int, longer: int = 0) -> bytes:
+    """Encode a number, in `longer` bytes more than it takes."""
+    septets = [number & 127]
+    while number := number >> 7:
+        septets.append(number & 127)
+    septets += [0] * longer
+    return bytes([*(septet | 128 for septet in septets[:-1]), septets[-1]])
+
+
+def field(number: int, value: bytes, longer: int = 0) -> bytes:
+    return varint(number << 3 | 2, longer) + varint(len(value), longer) + value
+
+
+strange_numbers = st.integers(14, 5000)
+strange_fields = st.one_of(
+    st.builds(lambda number, value: varint(number << 3) + varint(value), strange_numbers, st.integers(0, 1 << 63)),
+    st.builds(lambda number, value: varint(number << 3 | 1) + bytes(value), strange_numbers, st.just(8)),
+    st.builds(lambda number, value: varint(number << 3 | 5) + bytes(value), strange_numbers, st.just(4)),
+    # A number that is known, of another type than it has.
+    st.builds(lambda number, value: varint(number << 3) + varint(value), st.integers(1, 5), st.integers(0, 300)),
+    st.builds(field, strange_numbers, st.binary(max_size=200)),
+)
+
+
+def parts(known: dict[int, st.SearchStrategy[bytes]], max_size: int = 4) -> st.SearchStrategy[bytes]:
+    """Some fields of a message, known and strange ones, in any order and number, oddly written or not."""
+    longer = st.sampled_from([0, 0, 0, 0, 1, 2])
+    fields = [st.builds(field, st.just(number), contents, longer) for number, contents in known.items()]
+    return st.lists(st.one_of(*fields, strange_fields), max_size=max_size).map(b"".join)
+
+
+def entry(name: bytes, value: bytes, order: int) -> bytes:
+    return b"".join([field(1, name), field(2, value)][::order])
+
+
+encoded_texts = texts.map(str.encode)
+encoded_values = (values | st.text("v", min_size=100, max_size=300)).map(str.encode)
+entries = st.one_of(
+    st.builds(entry, header_names.map(str.encode), encoded_values, st.sampled_from([1, 1, 1, -1])),
+    st.sampled_from([b"", field(1, b"x-account"), field(2, b"acme")]),
+    st.just(field(2, b"a") + field(2, b"b") + field(1, b"x-account")),
+)
+peer_messages = parts({1: parts({1: parts({2: encoded_texts})})})
+http_messages = parts({2: encoded_texts, 3: entries, 4: encoded_texts, 5: encoded_texts}, max_size=12)
+attribute_contexts = parts({1: peer_messages, 2: st.binary(max_size=50), 4: parts({1: st.just(b""), 2: http_messages})})
+
+
+@settings(max_examples=500, deadline=None)
+@given(parts({1: attribute_contexts}))
+def test_reads_what_the_protobuf_runtime_reads(data: bytes) -> None:
+    """Fields in any order, repeated, in parts, of unknown numbers and types, with numbers longer than need be."""
+    expected = decoded(data)
+    try:
+        attributes = READER.read(data)
+    except BadCheckRequestError:
+        assert not ext_authz_pb2.CheckRequest.FromString(data).attributes.request.HasField("http")
+    else:
+        assert attributes == expected
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200), st.integers(0, 400), st.integers(0, 3))
 def test_any_bytes_are_read_or_refused(noise: bytes, position: int, removed: int) -> None:
-    """Noise alone, and noise within a real message: attributes or BadCheckRequestError, nothing else."""
+    """Noise alone, and noise within a real message: BadCheckRequestError, or what the protobuf runtime reads."""
     real = check_request(
         http_request(headers={"x-envoy-external-address": "203.0.113.7", "x-tenant-id": "acme", "cookie": "a" * 200})
     )
     for data in (noise, real[:position] + noise + real[position + removed :]):
         try:
-            attributes = read_check_request(data, TENANT_HEADERS)
+            attributes = READER.read(data)
         except BadCheckRequestError:
             continue
-        assert attributes.headers.keys() <= TENANT_HEADERS
+        try:
+            expected = decoded(data)
+        except DecodeError:  # of what is stepped over here
+            assert attributes.headers.keys() <= TENANT_HEADERS
+        else:
+            assert attributes == expected

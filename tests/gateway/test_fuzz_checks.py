@@ -213,25 +213,30 @@ def text(fields: dict[int, list[bytes]], number: int) -> str:
 
 
 def read_independently(data: bytes) -> RequestAttributes:
-    """What a CheckRequest says, by the field numbers of envoy/service/auth/v3. Raises UnreadableError."""
-    attributes = message(read_fields(data), 1)
-    peer = text(message(message(message(attributes, 1), 1), 1), 2)
-    http = message(message(attributes, 4), 2)
+    """What a CheckRequest says, by the field numbers of envoy/service/auth/v3. Raises UnreadableError.
+
+    Only what the policy asks for is looked at: not the peer, and of the headers those two.
+    """
+    http = message(message(message(read_fields(data), 1), 4), 2)
     headers: dict[str, str] = {}
     for entry in http.get(3, []):
-        item = read_fields(entry)
-        headers[text(item, 1)] = text(item, 2)
-    if not headers:
+        try:
+            item = read_fields(entry)
+        except UnreadableError:
+            continue
+        name = item.get(1, [b""])[-1]
+        if name in (b"x-envoy-external-address", b"x-tenant-id"):
+            headers[name.decode()] = text(item, 2)
+    if 3 not in http:
         for entry in message(http, 13).get(1, []):
             item = read_fields(entry)
-            name, raw = text(item, 1).lower(), item.get(3, [b""])[-1]
+            name_text, raw = text(item, 1).lower(), item.get(3, [b""])[-1]
             value = text(item, 2) or raw.decode(errors="replace")
-            headers[name] = f"{headers[name]},{value}" if name in headers else value
+            headers[name_text] = f"{headers[name_text]},{value}" if name_text in headers else value
     return RequestAttributes(
         method=text(http, 2),
         host=text(http, 5),
         path=text(http, 4),
-        peer_address=peer or None,
         external_address=headers.get("x-envoy-external-address"),
         headers={"x-tenant-id": headers["x-tenant-id"]} if "x-tenant-id" in headers else {},
     )

@@ -90,8 +90,8 @@ FAULTS = {
     "wider-networks-missed": ("networks", "row = parents[row]", "row = 0"),
     "narrowest-network-missed": (
         "networks",
-        "row = bisect_right(keys, key, start, end)\n",
-        "row = bisect_left(keys, key, start, end)\n",
+        "row = bisect_right(keys, key, first, last)\n",
+        "row = bisect_left(keys, key, first, last)\n",
     ),
     "host-port-kept": ("access", 'else host.partition(":")[0]', "else host"),
     "suffix-host-without-dot": ("access", "host.endswith(pattern[1:])", "host.endswith(pattern[2:])"),
