@@ -58,7 +58,7 @@ class CheckRequestReader:
             with_peer: whether to read `peer_address`, which few policies ask for.
         """
         self._with_peer = with_peer
-        self._tenant_headers = frozenset(tenant_headers)
+        self._tenant_headers = tuple(tenant_headers)
         self._wanted = {name.encode(): name for name in (*tenant_headers, EXTERNAL_ADDRESS_HEADER, REQUEST_ID_HEADER)}
         lengths = {len(name) for name in self._wanted}
         self._may_be_wanted = bytes(length > 127 or length in lengths for length in range(256))

@@ -1,11 +1,12 @@
 """The one pattern for names that travel in headers, keys and patterns: tenants, instances, lists, resources."""
 
-import re
+from string import ascii_lowercase, digits
 from typing import Final
 
 MAX_IDENTIFIER_LENGTH: Final = 63
 
-_IDENTIFIER: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
+_SIGNS: Final = "._-"
+_CHARACTERS: Final = ascii_lowercase + digits + _SIGNS
 
 
 def is_identifier(text: str) -> bool:
@@ -13,7 +14,7 @@ def is_identifier(text: str) -> bool:
 
     Lower case only, so that two spellings are never two tenants here and one tenant in a backend that folds case.
     """
-    return _IDENTIFIER.fullmatch(text) is not None
+    return 0 < len(text) <= MAX_IDENTIFIER_LENGTH and text[0] not in _SIGNS and not text.strip(_CHARACTERS)
 
 
 def parse_identifier(text: str, kind: str) -> str:
