@@ -13,7 +13,7 @@ COMPILED := build/compiled
 ON_COMPILED := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(COMPILED):$(CURDIR):$(CURDIR)/tests $(BIN)/python
 # What runs through compiled code most; TESTS=tests runs all.
 TESTS := tests/policy tests/ext_authz tests/gateway tests/store/test_keys.py \
-	$(addprefix tests/test_,explanation.py readme.py settings.py snapshot_file.py)
+	$(addprefix tests/test_,explanation.py metrics.py readme.py settings.py snapshot_file.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-unit compiled test-compiled test-istio chaos bench lint format types protos readme chart dashboard check-generated lock clean

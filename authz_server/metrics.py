@@ -2,8 +2,7 @@
 
 import collections
 import time
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from heapq import nlargest
 from itertools import accumulate
 
@@ -17,23 +16,18 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from authz_server.counts import CheckCounts, Durations
 from authz_server.loader import Source
-from authz_server.policy.affinity import Affinity
-from authz_server.policy.decision import Allowed, Decision
 from authz_server.policy.reasons import Reason
 from authz_server.policy.snapshot import Snapshot
 from authz_server.replicas import Registry
 
-_PINNED = Affinity.PINNED
 _ALLOWING = (Reason.ALLOWED, Reason.ALLOWLISTED)
-_SCOPE_KINDS = ("global", "tenant", "resource")
 BUSIEST_TENANTS = 20
 """Tenants with series of their own."""
 WINDOW_SECONDS = 60.0
 """Over which the busiest tenants are counted, at least."""
 _PROPAGATION_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
-_SECONDS = (0.00002, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25)
-_WAIT_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5)
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the number of series, and nothing here needs them
 
@@ -43,18 +37,14 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._checks = CheckCounts()
-        self.registry.register(self._checks)
+        counts = CheckCounts()
+        self.observe = counts.count
+        """Counts answered checks."""
+        self.observe_wait = counts.count_wait
+        """Counts checks whose decision began."""
+        self.registry.register(CheckCollector(counts))
+        self.registry.register(BusiestTenants(counts))
         ProcessCollector(registry=self.registry)
-        shadow = Counter(
-            "authz_shadow_denials_total",
-            "Denials that scopes in shadow would have caused, by kind of scope.",
-            ("scope_kind",),
-            registry=self.registry,
-        )
-        self._shadow = {kind: shadow.labels(kind) for kind in _SCOPE_KINDS}
-        self._busiest = BusiestTenants()
-        self.registry.register(self._busiest)
         self._propagation = Histogram(
             "authz_propagation_seconds",
             "From the store's clock at a change to this server's when it was in use; clocks that differ are in it.",
@@ -67,20 +57,6 @@ class Metrics:
             registry=self.registry,
         )
 
-    def observe(self, decisions: Sequence[Decision], seconds: float) -> None:
-        """Count answered checks, each of which took so long."""
-        self._checks.count(decisions, seconds)
-        for decision in decisions:
-            if isinstance(decision, Allowed) and decision.affinity is _PINNED and decision.tenant is not None:
-                self._busiest.count(decision.tenant)
-            if decision.shadow_denials:
-                for outcome in decision.shadow_denials:
-                    self._shadow[outcome.scope.partition(":")[0]].inc()
-
-    def observe_wait(self, seconds: float, checks: int) -> None:
-        """Count checks whose decision began, after so long."""
-        self._checks.waits.count(seconds, checks)
-
     def count_unavailable(self) -> None:
         """Count one check that found no snapshot."""
         self._unavailable.inc()
@@ -90,116 +66,87 @@ class Metrics:
         self._propagation.observe(max(0.0, in_use_at - changed_at))
 
 
-class Durations:
-    """A histogram of plain numbers that becomes a metric only when it is asked for.
+class CheckCollector(Collector):
+    """What is counted at every check, as it is at the moment of a scrape."""
 
-    One of the library takes ten times as long to count, most of it for a lock. So `count` is for one thread.
-    """
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        """By the first bound that is not exceeded; the last holds the others."""
-        self._seconds = 0.0
-
-    def count(self, seconds: float, times: int) -> None:
-        """Count a duration that was seen so often."""
-        self._counts[bisect_left(self._bounds, seconds)] += times
-        self._seconds += seconds * times
-
-    def metric(self, name: str, documentation: str) -> HistogramMetricFamily:
-        """Return the counts as they are."""
-        bounds = [*map(str, self._bounds), "+Inf"]
-        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
-        return HistogramMetricFamily(name, documentation, buckets=buckets, sum_value=self._seconds)
-
-
-class CheckCounts(Collector):
-    """What is counted at every check: reasons, durations, and where instances came from.
-
-    `count` is for one thread, the one that answers checks (see Durations).
-    """
-
-    def __init__(self) -> None:
-        # All are there now, so that a series exists before its first event.
-        self._reasons = dict.fromkeys(Reason, 0)
-        self._sources = dict.fromkeys(Affinity, 0)
-        self._durations = Durations(_SECONDS)
-        self.waits = Durations(_WAIT_SECONDS)
-        """Of checks that were begun."""
-
-    def count(self, decisions: Sequence[Decision], seconds: float) -> None:
-        """Count answered checks, each of which took so long."""
-        reasons, sources = self._reasons, self._sources
-        for decision in decisions:
-            reasons[decision.reason] += 1
-            if isinstance(decision, Allowed):
-                sources[decision.affinity] += 1
-        self._durations.count(seconds, len(decisions))
+    def __init__(self, counts: CheckCounts) -> None:
+        self._counts = counts
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the counts as they are."""
+        """Yield reasons, durations, where instances came from, and what shadow scopes would have denied."""
+        counts = self._counts
         checks = CounterMetricFamily(
             "authz_checks", "Checks answered, by outcome and reason.", labels=("outcome", "reason")
         )
-        for reason, count in self._reasons.items():
+        for reason, count in counts.reasons.items():
             checks.add_metric(("ok" if reason in _ALLOWING else "denied", reason.value), count)
         yield checks
-        yield self._durations.metric(
+        yield _histogram(
             "authz_check_seconds",
             "Reading, deciding and answering a check; of checks that were answered together, each its share.",
+            counts.durations,
         )
-        yield self.waits.metric("authz_queue_seconds", "From when a check was received whole until its decision began.")
+        yield _histogram(
+            "authz_queue_seconds",
+            "From when a check was received whole until its decision began.",
+            counts.waits,
+        )
         sources = CounterMetricFamily(
             "authz_affinity",
             "Allowed requests by where their instance came from: pinned, hashed, or none named.",
             labels=("source",),
         )
-        for source, count in self._sources.items():
+        for source, count in counts.sources.items():
             sources.add_metric((source.value,), count)
         yield sources
+        shadow = CounterMetricFamily(
+            "authz_shadow_denials",
+            "Denials that scopes in shadow would have caused, by kind of scope.",
+            labels=("scope_kind",),
+        )
+        for kind, count in counts.shadow_denials.items():
+            shadow.add_metric((kind,), count)
+        yield shadow
+
+
+def _histogram(name: str, documentation: str, durations: Durations) -> HistogramMetricFamily:
+    bounds = [*map(str, durations.bounds), "+Inf"]
+    buckets = list(zip(bounds, accumulate(durations.counts), strict=True))
+    return HistogramMetricFamily(name, documentation, buckets=buckets, sum_value=durations.seconds)
 
 
 class BusiestTenants(Collector):
-    """Checks a second of the tenants that had the most, over the last full window (before there is one: so far).
+    """Checks a second of the pinned tenants that had the most, over the last full window (before there is one: so far).
 
-    Only pinned tenants are counted, so that made-up tenant ids grow nothing, and only the busiest are shown, so that
-    a million tenants do not become a million series.
+    Only the busiest are shown, so that a million tenants do not become a million series.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, counts: CheckCounts, clock: Callable[[], float] = time.monotonic) -> None:
+        self._counts = counts
         self._clock = clock
-        self._counts: dict[str, int] = {}
         self._since = clock()
         self._full: list[tuple[str, float]] | None = None
-
-    def count(self, tenant: str) -> None:
-        """Count one check of a pinned tenant."""
-        counts = self._counts
-        counts[tenant] = counts.get(tenant, 0) + 1
 
     def collect(self) -> Iterator[Metric]:
         """Yield the busiest tenants; a window ends with the first scrape after its time."""
         now = self._clock()
         elapsed = now - self._since
         if elapsed >= WINDOW_SECONDS:
-            counts, self._counts = self._counts, {}
+            self._full = _busiest(self._counts.take_tenants(), elapsed)
             self._since = now
-            self._full = _busiest(counts, elapsed)
         family = GaugeMetricFamily(
             "authz_busiest_tenants_checks_per_second",
             f"The {BUSIEST_TENANTS} pinned tenants with the most allowed checks, in the last full minute.",
             labels=("tenant",),
         )
         # Right after the start there is no full window yet; what there is says more than nothing.
-        for tenant, rate in self._full if self._full is not None else _busiest(self._counts, elapsed):
+        for tenant, rate in self._full if self._full is not None else _busiest(self._counts.tenants(), elapsed):
             family.add_metric((tenant,), rate)
         yield family
 
 
 def _busiest(counts: dict[str, int], seconds: float) -> list[tuple[str, float]]:
-    # Of a copy, made in one step of the interpreter: checks in another thread may still add to the original.
-    busiest = nlargest(BUSIEST_TENANTS, dict(counts).items(), key=lambda item: item[1])
+    busiest = nlargest(BUSIEST_TENANTS, counts.items(), key=lambda item: item[1])
     return [(tenant, count / max(seconds, 1.0)) for tenant, count in busiest]
 
 

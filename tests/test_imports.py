@@ -27,7 +27,8 @@ ROOMS_BELOW: dict[str, frozenset[str]] = {
     "health": frozenset({"policy"}),
     "tasks": frozenset(),
     "turns": frozenset(),
-    "metrics": frozenset({"policy", "refresher", "loader", "health", "store", "ext_authz", "replicas"}),
+    "counts": frozenset({"policy"}),
+    "metrics": frozenset({"counts", "policy", "refresher", "loader", "health", "store", "ext_authz", "replicas"}),
     "decision_log": frozenset({"policy", "observation"}),
     "logs": frozenset({"policy"}),
     "admin": frozenset(

@@ -3,6 +3,7 @@
 import pytest
 from prometheus_client import CollectorRegistry
 
+from authz_server.counts import CheckCounts
 from authz_server.loader import Source
 from authz_server.metrics import BUSIEST_TENANTS, WINDOW_SECONDS, BusiestTenants, Metrics, StateCollector
 from authz_server.policy.access import Enforcement, ScopeOutcome
@@ -92,10 +93,11 @@ def busiest(collector: BusiestTenants) -> dict[str, float]:
 
 def test_the_busiest_tenants_of_the_last_window_are_shown_and_no_others() -> None:
     now = 0.0
-    collector = BusiestTenants(clock=lambda: now)
+    counts = CheckCounts()
+    collector = BusiestTenants(counts, clock=lambda: now)
     for number in range(BUSIEST_TENANTS + 5):
-        for _ in range(number + 1):
-            collector.count(f"t{number}")
+        allowed = Allowed(Reason.ALLOWED, ADDRESS, f"t{number}", "queue-1", Affinity.PINNED)
+        counts.count([allowed] * (number + 1), 0.0001)
     now = 2.0
     assert busiest(collector)["t9"] == 10 / now, "so far"
     now = WINDOW_SECONDS
@@ -110,10 +112,10 @@ def test_the_busiest_tenants_of_the_last_window_are_shown_and_no_others() -> Non
 
 @pytest.mark.parametrize(("affinity", "tenant"), [(Affinity.HASHED, "made-up"), (Affinity.NONE, "made-up")])
 def test_tenants_that_are_not_registered_grow_nothing(affinity: Affinity, tenant: str) -> None:
-    metrics = Metrics()
-    metrics.observe([Allowed(Reason.ALLOWED, ADDRESS, tenant, "queue-1", affinity)], 0.0001)
-    metrics.observe([Denied(Reason.UNKNOWN_TENANT, ADDRESS, tenant)], 0.0001)
-    assert not metrics._busiest._counts
+    counts = CheckCounts()
+    counts.count([Allowed(Reason.ALLOWED, ADDRESS, tenant, "queue-1", affinity)], 0.0001)
+    counts.count([Denied(Reason.UNKNOWN_TENANT, ADDRESS, tenant)], 0.0001)
+    assert not counts.tenants()
 
 
 def test_propagation_is_never_negative_whatever_the_clocks_say() -> None:

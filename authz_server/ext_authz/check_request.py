@@ -1,12 +1,13 @@
 """Envoy's CheckRequest to the few facts that a decision needs.
 
 The message is not decoded: a walk over its bytes steps over what is not needed, most of it, and copies the rest. So
-cookies, authorization headers and bodies stay in the message and go with it. What protocol buffers ask of a reader
-holds (https://protobuf.dev/programming-guides/encoding/): fields come in any order, unknown ones mean nothing, of a
-repeated one the last counts, and a message that comes in parts is what these parts say together.
+cookies, authorization headers and bodies stay in the message and go with it. It reads what any reader of protocol
+buffers reads (https://protobuf.dev/programming-guides/encoding/): fields come in any order, unknown ones mean nothing,
+of a repeated one the last counts, and a message that comes in parts is what these parts say together. But what is
+stepped over is not looked at, be it damaged or not UTF-8; and groups, which are in no message of Envoy's, are refused.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Final
 
@@ -18,7 +19,7 @@ from authz_server.policy.attributes import RequestAttributes
 EXTERNAL_ADDRESS_HEADER: Final = "x-envoy-external-address"
 REQUEST_ID_HEADER: Final = "x-request-id"
 
-# How a value's length is told: the last three bits of a field's tag. Groups (3 and 4) are in no message of Envoy's.
+# How a value's length is told: the last three bits of a field's tag.
 _VARINT: Final = 0
 _EIGHT_BYTES: Final = 1
 _LENGTH: Final = 2
@@ -38,6 +39,8 @@ _VALUE: Final = 0x12  # of a map's entry, 2
 
 _SMALLEST_TAG: Final = 1 << 3
 _LARGEST_TAG: Final = (1 << 32) - 1
+_MAX_LENGTH_BYTES: Final = 5
+"""Of a tag and of a length, as they are written; of another number ten."""
 
 _NO_SUCH_FIELD: Final = "not a CheckRequest: there is no such field"
 _OUTSIDE: Final = "not a CheckRequest: a field ends outside of its message"
@@ -62,7 +65,7 @@ class CheckRequestReader:
         self._wanted = {name.encode(): name for name in (*tenant_headers, EXTERNAL_ADDRESS_HEADER, REQUEST_ID_HEADER)}
         lengths = {len(name) for name in self._wanted}
         self._may_be_wanted = bytes(length > 127 or length in lengths for length in range(256))
-        """0 at what a name's first byte of length says of no wanted one: most headers can be told from them by that."""
+        """By the first byte of a name's length: 0 where no wanted name is so long, which most headers are told by."""
 
     def read(self, data: bytes) -> RequestAttributes:
         """Read a check request.
@@ -70,8 +73,7 @@ class CheckRequestReader:
         Nothing is judged here: an address or a tenant that makes no sense is handed on as it came.
 
         Raises:
-            BadCheckRequestError: the bytes are no such message, or not about an HTTP request, or a text that is needed
-                is not UTF-8.
+            BadCheckRequestError: what is needed of the message cannot be read, or it is not about an HTTP request.
         """
         found = _Found()
         try:
@@ -80,8 +82,8 @@ class CheckRequestReader:
                 raise BadCheckRequestError("the CheckRequest has no attributes.request.http")
             headers = found.headers
             if not found.has_headers and found.header_map:
-                headers = _listed_headers(b"".join(found.header_map), self._wanted)
-            peer_address = _peer_address(b"".join(found.source)) if self._with_peer else None
+                headers = _listed_headers(found.header_map, self._wanted)
+            peer_address = _peer_address(found.source) if self._with_peer else None
         except (IndexError, UnicodeDecodeError, DecodeError) as error:
             raise BadCheckRequestError(f"not a CheckRequest: {error}") from None
         naming = {}
@@ -124,7 +126,6 @@ class CheckRequestReader:
                 found.source.append(data[start:at])
 
     def _read_http(self, data: bytes, at: int, end: int, found: "_Found") -> None:
-        may_be_wanted = self._may_be_wanted
         while at < end:
             tag, length, start = data[at], data[at + 1], at + 2
             if tag & 0x87 == _LENGTH and length < 128:  # so it is with most: here, since a call takes as long again
@@ -135,9 +136,7 @@ class CheckRequestReader:
                 tag, start, at = _field(data, at, end)
             if tag == _HEADERS:
                 found.has_headers = True
-                # Whoever writes an entry of a map writes its key first, and once.
-                if at - start < 2 or data[start] != _KEY or may_be_wanted[data[start + 1]]:
-                    self._read_header(data, start, at, found)
+                self._read_header(data, start, at, found)
             elif tag == _PATH:
                 found.path = data[start:at].decode()
             elif tag == _HOST:
@@ -150,6 +149,10 @@ class CheckRequestReader:
                 raise BadCheckRequestError(_NO_SUCH_FIELD)
 
     def _read_header(self, data: bytes, at: int, end: int, found: "_Found") -> None:
+        if end - at > 3 and data[at] == _KEY and not self._may_be_wanted[data[at + 1]]:
+            after = at + 2 + data[at + 1]
+            if after + 2 <= end and data[after] == _VALUE and after + 2 + data[after + 1] == end:
+                return  # a key of another length than any wanted one, and a value, and nothing else: so it is with most
         key = value = b""
         while at < end:
             tag, start, at = _field(data, at, end)
@@ -188,13 +191,13 @@ def _field(data: bytes, at: int, end: int) -> tuple[int, int, int]:
     """Return the tag of the field that begins at a byte, where its value begins, and where that ends.
 
     Raises:
-        BadCheckRequestError: there is no field, or it does not end before `end`.
-        IndexError: the same, where `end` is that of all data.
+        BadCheckRequestError: it is no field, or goes beyond `end`.
+        IndexError: the data end within it.
     """
     tag = data[at]
     at += 1
     if tag > 127:
-        tag, at = _varint(data, at - 1)
+        tag, at = _varint(data, at - 1, _MAX_LENGTH_BYTES)
         if tag > _LARGEST_TAG:
             raise BadCheckRequestError(_NO_SUCH_FIELD)
     kind = tag & 7
@@ -202,10 +205,10 @@ def _field(data: bytes, at: int, end: int) -> tuple[int, int, int]:
         length = data[at]
         at += 1
         if length > 127:
-            length, at = _varint(data, at - 1)
+            length, at = _varint(data, at - 1, _MAX_LENGTH_BYTES)
         stop = at + length
     elif kind == _VARINT:
-        _, stop = _varint(data, at)
+        _, stop = _varint(data, at, 10)
     elif kind == _EIGHT_BYTES:
         stop = at + 8
     elif kind == _FOUR_BYTES:
@@ -219,32 +222,41 @@ def _field(data: bytes, at: int, end: int) -> tuple[int, int, int]:
     return tag, at, stop
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """Return the number that begins at a byte, and where it ends: seven bits a byte, lowest first."""
-    number = shift = 0
-    while True:
+def _varint(data: bytes, at: int, longest: int) -> tuple[int, int]:
+    """Return the number that begins at a byte, and where it ends: seven bits a byte, lowest first.
+
+    Raises:
+        BadCheckRequestError: it has more bytes than `longest`.
+        IndexError: the data end within it.
+    """
+    number = 0
+    for shift in range(0, 7 * longest, 7):
         byte = data[at]
         at += 1
         number |= (byte & 127) << shift
         if byte < 128:
             return number, at
-        shift += 7
-        if shift > 63:
-            raise BadCheckRequestError("not a CheckRequest: a number of more than ten bytes")
+    raise BadCheckRequestError(f"not a CheckRequest: a number of more than {longest} bytes")
 
 
-def _peer_address(source: bytes) -> str | None:
+def _peer_address(parts: Iterable[bytes]) -> str | None:
     """Return the address of a Peer. Unix sockets and Envoy's internal listeners have no socket_address."""
-    return ext_authz_pb2.Peer.FromString(source).address.socket_address.address or None
+    peer = ext_authz_pb2.Peer()
+    for part in parts:
+        peer.MergeFromString(part)
+    return peer.address.socket_address.address or None
 
 
-def _listed_headers(header_map: bytes, wanted: Mapping[bytes, str]) -> dict[str, str]:
+def _listed_headers(parts: Iterable[bytes], wanted: Mapping[bytes, str]) -> dict[str, str]:
     """Return the wanted headers of the list form, of a filter with `encode_raw_headers`, in the shape of the map form.
 
     Names in lower case, the values of repeated ones joined by commas.
     """
+    header_map = ext_authz_pb2.HeaderMap()
+    for part in parts:
+        header_map.MergeFromString(part)
     values: dict[str, list[str]] = {}
-    for header in ext_authz_pb2.HeaderMap.FromString(header_map).headers:
+    for header in header_map.headers:
         name = header.key.lower()
         if name.encode() in wanted:
             # Bytes that are not UTF-8 become U+FFFD, which no address and no tenant id may contain.

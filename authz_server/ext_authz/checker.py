@@ -108,7 +108,7 @@ class Checker:
         Args:
             current: returns the snapshot to decide from; None while there is none.
             options: of the answers.
-            max_request_bytes: longer check requests are denied without being decoded.
+            max_request_bytes: longer check requests are denied without being read.
             kept_headers: names, in lower case, of headers that `observe` wants to see beside those that name a tenant.
             observe: gets the checks that were answered together, at least one. What it raises changes no answer.
             observe_unavailable: called for every check that ends in CannotDecideError instead. Must not raise.

@@ -80,14 +80,14 @@ def parse_network(text: str) -> Network:
     Raises:
         InvalidNetworkError: naming the text and how to mend it.
     """
-    address_text, slash, length_text = text.partition("/")
+    written, slash, length_text = text.partition("/")
     try:
-        address = parse_address(address_text)
+        address = parse_address(written)
     except InvalidAddressError:
         raise InvalidNetworkError(
             f"{text!r} is not a CIDR: write an address, or network/prefix length such as 203.0.113.0/24"
         ) from None
-    mapped = ":" in address_text and address.version == 4
+    mapped = ":" in written and address.version == 4
     bits = MAX_PREFIX_LENGTH[address.version]
     if not slash:
         return Network(address.version, address.value, bits)

@@ -59,8 +59,6 @@ class Tenant:
 class Affinity(StrEnum):
     """How an instance was found."""
 
-    __hash__ = str.__hash__  # as in Reason
-
     PINNED = "pinned"
     HASHED = "hashed"
     NONE = "none"

@@ -6,8 +6,6 @@ from enum import StrEnum
 class Reason(StrEnum):
     """The reason of a decision. Values are an interface: dashboards and alerts are built on them."""
 
-    __hash__ = str.__hash__  # what every check looks up; that of enumerations is a function in Python
-
     ALLOWED = "allowed"
     """Nothing that applies speaks against the request."""
     ALLOWLISTED = "allowlisted"
@@ -41,7 +39,7 @@ class Reason(StrEnum):
     """An unregistered tenant is to be hashed to an active instance, and there is none."""
 
     BAD_REQUEST = "bad_request"
-    """The check request cannot be decoded, or lacks what every HTTP request has."""
+    """The check request cannot be read, or lacks what every HTTP request has."""
     REQUEST_TOO_LARGE = "request_too_large"
     """The check request, or the path or query in it, is longer than this server reads."""
     INTERNAL_ERROR = "internal_error"

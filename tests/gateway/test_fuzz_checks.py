@@ -153,16 +153,16 @@ class UnreadableError(Exception):
     """The bytes are no protobuf message."""
 
 
-def read_varint(data: bytes, at: int) -> tuple[int, int]:
+def read_varint(data: bytes, at: int, longest: int = 5) -> tuple[int, int]:
     value = 0
-    for index in range(10):
+    for index in range(longest):
         if at + index >= len(data):
             raise UnreadableError("the bytes end within a number")
         byte = data[at + index]
         value |= (byte & 0x7F) << 7 * index
         if byte < 0x80:
             return value, at + index + 1
-    raise UnreadableError("a number of more than ten bytes")
+    raise UnreadableError(f"a number of more than {longest} bytes")
 
 
 def read_fields(data: bytes) -> dict[int, list[bytes]]:
@@ -177,7 +177,7 @@ def read_fields(data: bytes) -> dict[int, list[bytes]]:
             raise UnreadableError(f"field number {number}")
         match wire_type:
             case 0:
-                _, at = read_varint(data, at)
+                _, at = read_varint(data, at, longest=10)
             case 1 | 5:
                 at += 8 if wire_type == 1 else 4
             case 2:
@@ -200,8 +200,12 @@ def read_fields(data: bytes) -> dict[int, list[bytes]]:
 
 
 def message(fields: dict[int, list[bytes]], number: int) -> dict[int, list[bytes]]:
-    """A message field. Repeated, its occurrences are merged, which is what their concatenation means."""
-    return read_fields(b"".join(fields.get(number, [])))
+    """A message field. Repeated, its occurrences, each of them a message, are merged."""
+    merged: dict[int, list[bytes]] = {}
+    for part in fields.get(number, []):
+        for each, payloads in read_fields(part).items():
+            merged.setdefault(each, []).extend(payloads)
+    return merged
 
 
 def text(fields: dict[int, list[bytes]], number: int) -> str:
@@ -223,6 +227,8 @@ def read_independently(data: bytes) -> RequestAttributes:
         try:
             item = read_fields(entry)
         except UnreadableError:
+            if b"x-envoy-external-address" in entry or b"x-tenant-id" in entry:
+                raise
             continue
         name = item.get(1, [b""])[-1]
         if name in (b"x-envoy-external-address", b"x-tenant-id"):
