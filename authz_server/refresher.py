@@ -349,7 +349,7 @@ class Refresher:
         wait_seconds = self._wait_seconds if self.status.connected else 0.0
         events = await self._store.events_after(position, wait_seconds=wait_seconds)
         confirmed_at = self._clock()
-        turns = short_turns()
+        turns = short_turns(behind=len(events) >= EVENTS_AT_ONCE)
         counts: dict[str, int] = {}
         changes: list[tuple[RecordKey, Record | Unreadable | None]] = []
         for event in events:

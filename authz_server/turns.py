@@ -7,7 +7,7 @@ from collections.abc import Callable
 STEP_SECONDS = 0.001
 """So long does a check wait for a step at most, and for the piece of work at the step's end."""
 _PAUSE_SECONDS = 0.001
-_SHORT_STEP_SECONDS = 0.00015
+_HURRIED_STEP_SECONDS = 0.00015
 """One or two events: shorter ones would cost more in turns than in work."""
 _SHORT_PAUSE_SECONDS = 1e-9
 """The shortest that a timer knows. In the event loop's next turn a check that has come is read, and after that the
@@ -45,7 +45,7 @@ class Turns:
         self._until = self._clock() + self._step_seconds
 
 
-def short_turns(clock: Callable[[], float] = time.monotonic) -> Turns:
-    """Begin short steps, with a pause of just what a check needs: for what goes on while changes are made, and must
-    keep up with them."""
-    return Turns(clock, step_seconds=_SHORT_STEP_SECONDS, pause_seconds=_SHORT_PAUSE_SECONDS)
+def short_turns(clock: Callable[[], float] = time.monotonic, *, behind: bool = False) -> Turns:
+    """Begin steps of one small piece of work each, with a pause of just what a check needs: for what goes on while
+    changes are made, and must keep up with them. Behind them, a step lasts some pieces."""
+    return Turns(clock, step_seconds=_HURRIED_STEP_SECONDS if behind else 0.0, pause_seconds=_SHORT_PAUSE_SECONDS)

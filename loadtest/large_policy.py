@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import os
 import random
 import re
 import secrets
@@ -106,7 +107,9 @@ class RealServer:
     def __init__(self, valkey: Valkey, snapshot_file: Path | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="authz-loadtest-")
         self._log = Path(self._folder.name) / "log"
-        settings = {
+        # The same build as ours, whichever that is; nothing else of our environment is a setting.
+        build = {name: value for name, value in os.environ.items() if name in ("PYTHONPATH", "PYTHONSAFEPATH")}
+        settings = build | {
             "AUTHZ_LISTEN": "127.0.0.1:0",
             "AUTHZ_ADMIN_LISTEN": "127.0.0.1:0",
             "AUTHZ_REDIS_URL": valkey.url,

@@ -5,12 +5,12 @@ import asyncio
 from authz_server.turns import Turns, short_turns
 
 
-async def steps_of(piece_seconds: float, pieces: int, *, short: bool = False) -> list[int]:
+async def steps_of(piece_seconds: float, pieces: int, *, short: bool = False, behind: bool = False) -> list[int]:
     """Do so many pieces of work that take so long, and return how many others saw done whenever they had a turn."""
     now = 0.0
     done = 0
     seen: list[int] = []
-    turns = (short_turns if short else Turns)(lambda: now)
+    turns = short_turns(lambda: now, behind=behind) if short else Turns(lambda: now)
 
     async def watch() -> None:
         while True:
@@ -39,5 +39,9 @@ async def test_short_work_is_one_step() -> None:
     assert await steps_of(0.0001, 5) == []
 
 
-async def test_a_short_step_ends_when_it_has_lasted_a_seventh_of_that() -> None:
-    assert await steps_of(0.00004, 12, short=True) == [4, 8, 12]
+async def test_a_short_step_is_one_piece() -> None:
+    assert await steps_of(0.000001, 3, short=True) == [1, 2, 3]
+
+
+async def test_a_short_step_of_whoever_is_behind_ends_when_it_has_lasted_a_seventh_of_that() -> None:
+    assert await steps_of(0.00004, 12, short=True, behind=True) == [4, 8, 12]

@@ -779,7 +779,6 @@ class RedisStore:
         """See `Store.events_after`; it may return [] some seconds earlier than asked."""
         if wait_seconds <= 0:
             return await self._events_now(position)
-        turns = short_turns()  # whose first step is over when the reply has been parsed
         with self._errors():
             replies: Any = await self._follower.xread(
                 {self._key("changes"): f"{position.revision}-0"},
@@ -789,7 +788,7 @@ class RedisStore:
             )
         if not replies:
             return await self._events_now(position)
-        return await self._events(position, replies[0][1], turns)
+        return await self._events(position, replies[0][1])
 
     async def _events_now(self, position: Position) -> list[Event]:
         """Return the events that are there now, or [] once it is proven that none follows.
@@ -801,7 +800,7 @@ class RedisStore:
             self._follower,
             lambda pipe: pipe.xrange(self._key("changes"), min=f"({position.revision}-0", count=EVENTS_AT_ONCE),
         )
-        events = await self._events(position, entries, short_turns())
+        events = await self._events(position, entries)
         if not events and standing.position != position:
             raise PositionLostError(
                 f"{self._where} is at revision {standing.position.revision} of epoch {standing.position.epoch} "
@@ -809,8 +808,9 @@ class RedisStore:
             )
         return events
 
-    async def _events(self, position: Position, entries: list[tuple[str, dict[str, str]]], turns: Turns) -> list[Event]:
+    async def _events(self, position: Position, entries: list[tuple[str, dict[str, str]]]) -> list[Event]:
         """Read stream entries and prove that they follow on each other and on the position."""
+        turns = short_turns(behind=len(entries) >= EVENTS_AT_ONCE)
         events: list[Event] = []
         for entry_id, fields in entries:
             await turns.take()
