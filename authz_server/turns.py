@@ -1,14 +1,19 @@
 """Long work on the event loop, cut into short steps between which checks are answered."""
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 
 STEP_SECONDS = 0.001
 """So long does a check wait for a step at most, and for the piece of work at the step's end."""
 _PAUSE_SECONDS = 0.001
-_HURRIED_STEP_SECONDS = 0.00015
+_SHORT_STEP_SECONDS = 0.00015
 """One or two events: shorter ones would cost more in turns than in work."""
+_OF_PAUSE = 0.25
+"""So much of the pause before it may a short step last. Where a single check comes now and then, pauses are short and
+each piece of work is a step, for which it hardly waits. Where many come, a pause is full of them, and to wait longer
+for fewer steps is less in all."""
 _SHORT_PAUSE_SECONDS = 1e-9
 """The shortest that a timer knows. In the event loop's next turn a check that has come is read, and after that the
 timer ends; in the turn that follows the check is decided, and after that whoever paused goes on. `sleep(0)` would take
@@ -24,28 +29,38 @@ class Turns:
         *,
         step_seconds: float = STEP_SECONDS,
         pause_seconds: float = _PAUSE_SECONDS,
+        of_pause: float = math.inf,
     ) -> None:
         """Begin a step.
 
         Args:
             clock: monotonic seconds.
             step_seconds: how long a step lasts.
-            pause_seconds: how long others have their turn between two steps.
+            pause_seconds: how long others have their turn between two steps, or longer if they take it.
+            of_pause: a step lasts no longer than this times the pause before it; the first one is over at once.
         """
         self._clock = clock
         self._step_seconds = step_seconds
         self._pause_seconds = pause_seconds
-        self._until = clock() + step_seconds
+        self._of_pause = of_pause
+        self._until = clock() + (step_seconds if of_pause == math.inf else 0.0)
 
     async def take(self) -> None:
         """Let others have their turn, if the step is over; to be called after each small piece of work."""
-        if self._clock() < self._until:
+        paused_at = self._clock()
+        if paused_at < self._until:
             return
         await asyncio.sleep(self._pause_seconds)
-        self._until = self._clock() + self._step_seconds
+        now = self._clock()
+        self._until = now + min(self._step_seconds, self._of_pause * (now - paused_at))
 
 
 def short_turns(clock: Callable[[], float] = time.monotonic, *, behind: bool = False) -> Turns:
-    """Begin steps of one small piece of work each, with a pause of just what a check needs: for what goes on while
-    changes are made, and must keep up with them. Behind them, a step lasts some pieces."""
-    return Turns(clock, step_seconds=_HURRIED_STEP_SECONDS if behind else 0.0, pause_seconds=_SHORT_PAUSE_SECONDS)
+    """Begin short steps, with a pause of just what a check needs: for what goes on while changes are made, and must
+    keep up with them. Behind them, steps are as long as short steps may be."""
+    return Turns(
+        clock,
+        step_seconds=_SHORT_STEP_SECONDS,
+        pause_seconds=_SHORT_PAUSE_SECONDS,
+        of_pause=math.inf if behind else _OF_PAUSE,
+    )

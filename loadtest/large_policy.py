@@ -168,9 +168,10 @@ class RealServer:
         return int(found[1]) / 1024 if found else 0.0
 
     def _listening(self, what: str) -> int:
-        for line in self._log.read_text().splitlines():
-            if '"event": "serving"' in line:
-                return int(json.loads(line)[what].rpartition(":")[2])
+        with self._log.open() as lines:  # of which there is one for each change, after this one
+            for line in lines:
+                if '"event": "serving"' in line:
+                    return int(json.loads(line)[what].rpartition(":")[2])
         raise RuntimeError(f"the server does not serve: {self._child.tail()}")
 
     def _get(self, path: str) -> bytes:

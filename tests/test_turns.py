@@ -5,7 +5,9 @@ import asyncio
 from authz_server.turns import Turns, short_turns
 
 
-async def steps_of(piece_seconds: float, pieces: int, *, short: bool = False, behind: bool = False) -> list[int]:
+async def steps_of(
+    piece_seconds: float, pieces: int, *, short: bool = False, behind: bool = False, others_seconds: float = 0.0
+) -> list[int]:
     """Do so many pieces of work that take so long, and return how many others saw done whenever they had a turn."""
     now = 0.0
     done = 0
@@ -13,8 +15,10 @@ async def steps_of(piece_seconds: float, pieces: int, *, short: bool = False, be
     turns = short_turns(lambda: now, behind=behind) if short else Turns(lambda: now)
 
     async def watch() -> None:
+        nonlocal now
         while True:
             seen.append(done)
+            now += others_seconds
             await asyncio.sleep(0)
 
     watching = asyncio.create_task(watch())
@@ -41,6 +45,10 @@ async def test_short_work_is_one_step() -> None:
 
 async def test_a_short_step_is_one_piece() -> None:
     assert await steps_of(0.000001, 3, short=True) == [1, 2, 3]
+
+
+async def test_a_short_step_after_others_took_their_time_lasts_a_seventh_of_a_millisecond() -> None:
+    assert await steps_of(0.00004, 12, short=True, others_seconds=0.001) == [1, 5, 9]
 
 
 async def test_a_short_step_of_whoever_is_behind_ends_when_it_has_lasted_a_seventh_of_that() -> None:
