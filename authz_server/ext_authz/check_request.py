@@ -116,14 +116,16 @@ class CheckRequestReader:
         while at < end:
             tag, start, at = _field(data, at, end)
             if tag == _REQUEST:
-                inner = start
-                while inner < at:
-                    tag, start, inner = _field(data, inner, at)
-                    if tag == _HTTP:
-                        found.http = True
-                        self._read_http(data, start, inner, found)
+                self._read_request(data, start, at, found)
             elif tag == _SOURCE and self._with_peer:
                 found.source.append(data[start:at])
+
+    def _read_request(self, data: bytes, at: int, end: int, found: "_Found") -> None:
+        while at < end:
+            tag, start, at = _field(data, at, end)
+            if tag == _HTTP:
+                found.http = True
+                self._read_http(data, start, at, found)
 
     def _read_http(self, data: bytes, at: int, end: int, found: "_Found") -> None:
         while at < end:
@@ -151,8 +153,10 @@ class CheckRequestReader:
     def _read_header(self, data: bytes, at: int, end: int, found: "_Found") -> None:
         if end - at > 3 and data[at] == _KEY and not self._may_be_wanted[data[at + 1]]:
             after = at + 2 + data[at + 1]
-            if after + 2 <= end and data[after] == _VALUE and after + 2 + data[after + 1] == end:
-                return  # a key of another length than any wanted one, and a value, and nothing else: so it is with most
+            if after + 2 <= end and data[after] == _VALUE:
+                length = data[after + 1]
+                if length < 128 and after + 2 + length == end:
+                    return  # a key that is as long as no wanted one, a value, and nothing else: so it is with most
         key = value = b""
         while at < end:
             tag, start, at = _field(data, at, end)

@@ -7,6 +7,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.envoy_api import auth, core, protobuf
+from support.wire import delimited, varint
 
 from authz_server.ext_authz._generated import ext_authz_pb2
 from authz_server.ext_authz.check_request import BadCheckRequestError, CheckRequestReader
@@ -247,19 +248,6 @@ def decoded(data: bytes) -> RequestAttributes | None:
     )
 
 
-def varint(number: int, longer: int = 0) -> bytes:
-    """Encode a number, in `longer` bytes more than it takes."""
-    septets = [number & 127]
-    while number := number >> 7:
-        septets.append(number & 127)
-    septets += [0] * longer
-    return bytes([*(septet | 128 for septet in septets[:-1]), septets[-1]])
-
-
-def field(number: int, value: bytes, longer: int = 0) -> bytes:
-    return varint(number << 3 | 2, longer) + varint(len(value), longer) + value
-
-
 strange_numbers = st.integers(14, 5000)
 strange_fields = st.one_of(
     st.builds(lambda number, value: varint(number << 3) + varint(value), strange_numbers, st.integers(0, 1 << 63)),
@@ -267,7 +255,7 @@ strange_fields = st.one_of(
     st.builds(lambda number, value: varint(number << 3 | 5) + bytes(value), strange_numbers, st.just(4)),
     # A number that is known, of another type than it has.
     st.builds(lambda number, value: varint(number << 3) + varint(value), st.integers(1, 5), st.integers(0, 300)),
-    st.builds(field, strange_numbers, st.binary(max_size=200)),
+    st.builds(delimited, strange_numbers, st.binary(max_size=200)),
 )
 longer = st.sampled_from([0, 0, 0, 0, 0, 0, 1, 2])
 
@@ -276,7 +264,7 @@ longer = st.sampled_from([0, 0, 0, 0, 0, 0, 1, 2])
 def parts(draw: st.DrawFn, known: dict[int, st.SearchStrategy[bytes]], least: int = 1, most: int = 2) -> bytes:
     """A message with some fields of each known number, and now and then a strange one, in any order."""
     fields = [
-        field(number, draw(contents), draw(longer))
+        delimited(number, draw(contents), draw(longer))
         for number, contents in known.items()
         for _ in range(draw(st.integers(least, most)))
     ]
@@ -291,22 +279,25 @@ def entry(*fields: bytes) -> st.SearchStrategy[bytes]:
 encoded_texts = texts.map(str.encode)
 encoded_names = header_names.map(str.encode) | st.sampled_from([b"n" * 127, b"n" * 128, b"n" * 300])
 encoded_values = (values | st.text("v", min_size=100, max_size=300)).map(str.encode)
-plain_entries = st.builds(lambda name, value: field(1, name) + field(2, value), encoded_names, encoded_values)
+plain_entries = st.builds(lambda name, value: delimited(1, name) + delimited(2, value), encoded_names, encoded_values)
 odd_entries = st.one_of(
     st.builds(
-        lambda name, value, more: field(1, name, more) + field(2, value, more), encoded_names, encoded_values, longer
+        lambda name, value, more: delimited(1, name, more) + delimited(2, value, more),
+        encoded_names,
+        encoded_values,
+        longer,
     ),
-    st.builds(lambda name, value: field(2, value) + field(1, name), encoded_names, encoded_values),
+    st.builds(lambda name, value: delimited(2, value) + delimited(1, name), encoded_names, encoded_values),
     entry(),
-    entry(field(1, b"x-account")),
-    entry(field(2, b"acme")),
-    entry(field(2, b"a"), field(2, b"b"), field(1, b"x-account")),
-    entry(field(1, b"x-accounts"), field(1, b"x-account"), field(2, b"c")),
-    entry(field(1, b"x-accounts"), field(2, b"d"), field(1, b"x-account")),
-    entry(field(1, b"x-account"), field(2, b"e"), field(1, b"x-accounts")),
+    entry(delimited(1, b"x-account")),
+    entry(delimited(2, b"acme")),
+    entry(delimited(2, b"a"), delimited(2, b"b"), delimited(1, b"x-account")),
+    entry(delimited(1, b"x-accounts"), delimited(1, b"x-account"), delimited(2, b"c")),
+    entry(delimited(1, b"x-accounts"), delimited(2, b"d"), delimited(1, b"x-account")),
+    entry(delimited(1, b"x-account"), delimited(2, b"e"), delimited(1, b"x-accounts")),
 )
 listed_headers = st.builds(
-    lambda name, number, value: field(1, name) + field(number, value),
+    lambda name, number, value: delimited(1, name) + delimited(number, value),
     encoded_names,
     st.sampled_from([2, 3]),
     encoded_values,
@@ -351,24 +342,34 @@ def test_refuses_numbers_that_are_none(data: bytes, depth: int) -> None:
     """In each of the messages that lie within each other."""
     good = check_request(http_request())
     for number in (2, 4, 1)[3 - depth :]:
-        data = field(number, data)
-    assert READER.read(good + field(1, b"")) == READER.read(good)
+        data = delimited(number, data)
+    assert READER.read(good + delimited(1, b"")) == READER.read(good)
     with pytest.raises(BadCheckRequestError):
         READER.read(good + data)
 
 
+@pytest.mark.parametrize("length_bytes", [1, 2])
+def test_a_second_key_of_an_entry_counts_however_the_value_before_it_is_written(length_bytes: int) -> None:
+    """Written in two bytes, the length of the first value begins with 133, which is what is left of the entry."""
+    value = b"\x12" + varint(5, length_bytes - 1) + b"value"
+    entry = delimited(1, b"a") + value + delimited(1, b"x-account") + delimited(2, b"f" * 114)
+    data = delimited(1, delimited(4, delimited(2, delimited(3, entry))))
+    assert READER.read(data) == decoded(data)
+    assert READER.read(data).headers == {"x-account": "f" * 114}
+
+
 def test_parts_of_a_message_are_messages() -> None:
     """A peer, and a list of headers, that are cut within a field, are none."""
-    header_map = field(1, field(1, b"x-account") + field(3, b"acme"))
-    peer = field(1, field(1, field(2, b"192.0.2.7")))
+    header_map = delimited(1, delimited(1, b"x-account") + delimited(3, b"acme"))
+    peer = delimited(1, delimited(1, delimited(2, b"192.0.2.7")))
     for wrap, whole in (
-        (lambda part: field(4, field(2, field(13, part))), header_map),
-        (lambda part: field(1, part), peer),
+        (lambda part: delimited(4, delimited(2, delimited(13, part))), header_map),
+        (lambda part: delimited(1, part), peer),
     ):
-        http = field(4, field(2, field(4, b"/")))
-        READER.read(field(1, http + wrap(whole)))
+        http = delimited(4, delimited(2, delimited(4, b"/")))
+        READER.read(delimited(1, http + wrap(whole)))
         with pytest.raises(BadCheckRequestError):
-            READER.read(field(1, http + wrap(whole[:5]) + wrap(whole[5:])))
+            READER.read(delimited(1, http + wrap(whole[:5]) + wrap(whole[5:])))
 
 
 @settings(max_examples=300, deadline=None)

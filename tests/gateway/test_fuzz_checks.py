@@ -17,6 +17,7 @@ from pathlib import Path
 import grpc
 import pytest
 from support.gateway import TENANT_HEADER_SOURCE, AuthzServer, policy
+from support.wire import delimited, varint
 
 from authz_server.demo.envoy_config import Address
 from authz_server.ext_authz._generated import ext_authz_pb2
@@ -126,27 +127,7 @@ TENANTS = (
 METHODS = ("GET", "POST", "OPTIONS", "PROPFIND", "", "get", "G E T")
 
 
-# ---- The encoding, written and read without the library that the server uses -------------------------------------
-
-
-SHORT_VARINTS = [bytes([value]) for value in range(0x80)]
-
-
-def varint(value: int) -> bytes:
-    if value < 0x80:
-        return SHORT_VARINTS[value]
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def delimited(number: int, payload: bytes | str) -> bytes:
-    """A field of wire type 2: a string, bytes or a message."""
-    data = payload.encode() if isinstance(payload, str) else payload
-    return varint(number << 3 | 2) + varint(len(data)) + data
+# ---- The encoding, read without the library that the server uses -------------------------------------
 
 
 class UnreadableError(Exception):
