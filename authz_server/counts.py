@@ -12,7 +12,7 @@ from authz_server.policy.affinity import Affinity
 from authz_server.policy.decision import Allowed, Decision
 from authz_server.policy.reasons import Reason
 
-SCOPE_KINDS: Final[tuple[str, ...]] = ("global", "tenant", "resource")
+_SCOPE_KINDS: Final[tuple[str, ...]] = ("global", "tenant", "resource")
 _PINNED: Final = Affinity.PINNED
 _SECONDS: Final[tuple[float, ...]] = (0.00002, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25)
 _WAIT_SECONDS: Final[tuple[float, ...]] = (
@@ -55,7 +55,7 @@ class CheckCounts:
         self.reasons = dict.fromkeys(Reason, 0)
         self.sources = dict.fromkeys(Affinity, 0)
         """Of allowed checks."""
-        self.shadow_denials = dict.fromkeys(SCOPE_KINDS, 0)
+        self.shadow_denials = dict.fromkeys(_SCOPE_KINDS, 0)
         """What scopes in shadow would have denied, by the kind of scope."""
         self.durations = Durations(_SECONDS)
         """From the first byte read to the last byte written."""

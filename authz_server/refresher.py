@@ -349,7 +349,8 @@ class Refresher:
         wait_seconds = self._wait_seconds if self.status.connected else 0.0
         events = await self._store.events_after(position, wait_seconds=wait_seconds)
         confirmed_at = self._clock()
-        turns = short_turns(behind=len(events) >= EVENTS_AT_ONCE)
+        behind = len(events) >= EVENTS_AT_ONCE
+        turns = short_turns(behind=behind)
         counts: dict[str, int] = {}
         changes: list[tuple[RecordKey, Record | Unreadable | None]] = []
         for event in events:
@@ -365,7 +366,7 @@ class Refresher:
         _require_counts(snapshot, counts, position)
         self._use(snapshot, position, confirmed_at, events=len(events))
         await self._tell(events, turns)
-        if 0 < len(events) < EVENTS_AT_ONCE:  # else we are behind: the rest is asked for at once
+        if events and not behind:  # else the rest is asked for at once
             await asyncio.sleep(_COALESCE_SECONDS - (self._clock() - confirmed_at))
 
     async def _tell(self, events: list[Event], turns: Turns) -> None:

@@ -1,7 +1,6 @@
 """Long work on the event loop, cut into short steps between which checks are answered."""
 
 import asyncio
-import math
 import time
 from collections.abc import Callable
 
@@ -29,7 +28,7 @@ class Turns:
         *,
         step_seconds: float = STEP_SECONDS,
         pause_seconds: float = _PAUSE_SECONDS,
-        of_pause: float = math.inf,
+        of_pause: float | None = None,
     ) -> None:
         """Begin a step.
 
@@ -37,13 +36,14 @@ class Turns:
             clock: monotonic seconds.
             step_seconds: how long a step lasts.
             pause_seconds: how long others have their turn between two steps, or longer if they take it.
-            of_pause: a step lasts no longer than this times the pause before it; the first one is over at once.
+            of_pause: a step lasts no longer than this times the pause before it, and the first one is over at once;
+                None: a pause says nothing about the next step.
         """
         self._clock = clock
         self._step_seconds = step_seconds
         self._pause_seconds = pause_seconds
         self._of_pause = of_pause
-        self._until = clock() + (step_seconds if of_pause == math.inf else 0.0)
+        self._until = clock() + self._after_pause(0.0)
 
     async def take(self) -> None:
         """Let others have their turn, if the step is over; to be called after each small piece of work."""
@@ -52,7 +52,11 @@ class Turns:
             return
         await asyncio.sleep(self._pause_seconds)
         now = self._clock()
-        self._until = now + min(self._step_seconds, self._of_pause * (now - paused_at))
+        self._until = now + self._after_pause(now - paused_at)
+
+    def _after_pause(self, seconds: float) -> float:
+        """Return how long a step may last after such a pause."""
+        return self._step_seconds if self._of_pause is None else min(self._step_seconds, self._of_pause * seconds)
 
 
 def short_turns(clock: Callable[[], float] = time.monotonic, *, behind: bool = False) -> Turns:
@@ -62,5 +66,5 @@ def short_turns(clock: Callable[[], float] = time.monotonic, *, behind: bool = F
         clock,
         step_seconds=_SHORT_STEP_SECONDS,
         pause_seconds=_SHORT_PAUSE_SECONDS,
-        of_pause=math.inf if behind else _OF_PAUSE,
+        of_pause=None if behind else _OF_PAUSE,
     )

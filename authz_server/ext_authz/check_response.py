@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Final, NamedTuple, Self
 
 from authz_server.policy.access import ListMatch
-from authz_server.policy.addresses import address_text
+from authz_server.policy.addresses import Address, address_text
 from authz_server.policy.affinity import Affinity
 from authz_server.policy.decision import Allowed, Decision, Denied
 from authz_server.policy.identifiers import MAX_IDENTIFIER_LENGTH
@@ -137,8 +137,7 @@ class ResponseWriter:
             instance, affinity, None if tenant is None else len(name)
         )
         first_facts = self._first_facts(revision, reason, True)
-        version, value = address
-        client_fact = _after_head(_CLIENT_ADDRESS_HEADS, address_text(version, value))
+        client_fact = _client_fact(address)
         last_facts = b"" if reason is _ALLOWED and not shadow_denials else _facts_of_scopes(decision)
         about = _length(len(first_facts) + len(client_fact) + routing_bytes + len(last_facts))
         # Joined at once: each of these pieces put to the others by itself would copy them all again.
@@ -149,8 +148,7 @@ class ResponseWriter:
     def _write_denial(self, decision: Denied, request_id: str, revision: int) -> bytes:
         facts = [self._first_facts(revision, decision.reason, False)]
         if decision.client_address is not None:
-            version, value = decision.client_address
-            facts.append(_after_head(_CLIENT_ADDRESS_HEADS, address_text(version, value)))
+            facts.append(_client_fact(decision.client_address))
         if decision.tenant is not None:
             facts.append(_after_head(_TENANT_HEADS, decision.tenant))
         facts.append(_facts_of_scopes(decision))
@@ -280,6 +278,11 @@ def _facts_of_scope(scope: str, match: ListMatch | None) -> bytes:
     if match:
         facts += _fact("list", match.list_name) + _fact("entry", str(match.network))
     return facts
+
+
+def _client_fact(address: Address) -> bytes:
+    version, value = address
+    return _after_head(_CLIENT_ADDRESS_HEADS, address_text(version, value))
 
 
 def _fact(name: str, value: str) -> bytes:
